@@ -1,0 +1,143 @@
+"""
+Artifacts: a compiled or exported model file for one batch size, and its JSON sidecar beside it.
+
+A file's sha256 is its identity everywhere; names are for people.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from farm.errors import DataError, UsageError
+from farm.zoo.spec import ModelSpec, Tensor
+
+SCHEMA = 1
+
+
+class TensorInfo(BaseModel):
+    """A graph's tensor with its batch axis."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, bs: int) -> TensorInfo:
+        return cls(name=tensor.name, dtype=tensor.dtype, shape=(bs, *tensor.shape))
+
+
+class Artifact(BaseModel):
+    """The sidecar: what the file is, where it came from, how it was checked."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    schema_: int = SCHEMA
+    model: str
+    bs: int
+    backend: Literal["ort", "acl", "simulated"]
+    soc: str  #: "cpu", or e.g. "Ascend310P3"
+    file: str  #: name beside the sidecar; empty for the simulated backend, which needs none
+    sha256: str
+    input: TensorInfo
+    output: TensorInfo
+    opset: int | None = None
+    weights: str = ""  #: name of the checkpoint
+    weights_sha256: str = ""
+    versions: Mapping[str, str] = {}
+    max_abs_diff: float | None = None  #: against PyTorch in float32, on seeded input, at this batch size
+    created: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.file or self.backend} ({self.backend}, bs {self.bs}, sha256 {self.sha256[:12]})"
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    """Python 3.10 has no `hashlib.file_digest`."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def sidecar_of(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def write_sidecar(directory: Path, artifact: Artifact) -> Path:
+    """Put the sidecar beside its file, whole or not at all."""
+    path = sidecar_of(directory / artifact.file)
+    partial = path.with_suffix(".json.tmp")
+    partial.write_text(artifact.model_dump_json(indent=2) + "\n")
+    os.replace(partial, path)
+    return path
+
+
+def read_sidecar(path: Path) -> Artifact:
+    """`DataError` for a sidecar that is none or of a newer schema."""
+    try:
+        artifact = Artifact.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as exc:
+        raise DataError(f"{path} is no artifact sidecar: {exc}. Export the model again.") from exc
+    if artifact.schema_ > SCHEMA:
+        raise DataError(f"{path} has schema {artifact.schema_}, this farm knows up to {SCHEMA}: upgrade the farm")
+    return artifact
+
+
+def directory(data_dir: Path, model: str) -> Path:
+    return data_dir / "artifacts" / model
+
+
+def stored(data_dir: Path, model: str) -> Iterator[Artifact]:
+    """All artifacts of a model, by file name."""
+    for path in sorted(directory(data_dir, model).glob("*.json")):
+        yield read_sidecar(path)
+
+
+def simulated(spec: ModelSpec, bs: int) -> Artifact:
+    """What a simulated device "runs": no file, an identity all the same."""
+    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {spec.output.shape}".encode()).hexdigest()
+    return Artifact(
+        model=spec.name, bs=bs, backend="simulated", soc="cpu", file="", sha256=sha256,
+        input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(spec.output, bs),
+    )  # fmt: skip
+
+
+def choose(data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wanted: str | None) -> Artifact:
+    """
+    The one artifact a job freezes: the only one that fits model and batch size, or the one asked for.
+
+    `wanted` is a sha256 prefix or a path. Raises `UsageError` when none or several fit.
+    """
+    if backend == "simulated":
+        return simulated(spec, bs)
+    everything = list(stored(data_dir, spec.name))
+    fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend)]
+    if wanted:
+        fitting = [a for a in fitting if a.sha256.startswith(wanted) or a.file == Path(wanted).name]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        listing = "\n".join(f"  {a}" for a in fitting)
+        raise UsageError(f"several artifacts of {spec.name} fit bs {bs}; choose one with --artifact SHA:\n{listing}")
+    exported = ", ".join(sorted({str(a.bs) for a in everything})) or "none"
+    raise UsageError(
+        f"no artifact of {spec.name} for bs {bs}"
+        + (f" and backend {backend}" if backend else "")
+        + (f" matches {wanted!r}" if wanted else "")
+        + f" in {directory(data_dir, spec.name)} (batch sizes there: {exported}). "
+        f"Make one: farm export {spec.name} --weights CKPT --bs {bs}"
+    )

@@ -1,0 +1,71 @@
+"""Everything that can be configured, from ``FARM_*`` in the environment. Nothing configured is a working farm."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from functools import cached_property
+from pathlib import Path
+
+from platformdirs import user_data_path
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from farm.errors import UsageError
+
+
+class Settings(BaseSettings):
+    """One process's settings; hand it down, never read the environment elsewhere."""
+
+    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore")
+
+    home: Path = Field(default_factory=lambda: user_data_path("farm"))  #: state: database, run/, log/
+    data: Path | None = None  #: bins and artifacts; `data_dir` says where when unset
+    host: str = Field(default_factory=socket.gethostname)  #: stable name of this machine in the farm
+    broker_url: str = ""  #: empty: the embedded broker
+    database_url: str = ""  #: empty: SQLite in `home`
+    cpu_slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
+    simulated: str = "{}"  #: what the simulated backend does, as JSON (`workers.backends.simulated`)
+    heartbeat_s: float = Field(default=2.0, gt=0)
+    lease_s: float = Field(default=30.0, gt=0)  #: a device not heard of for so long loses its shards
+    deadline_s: float = Field(default=15.0, gt=0)  #: the least time a batch gets before its device process is killed
+    shard_s: float = Field(default=2.0, gt=0)  #: work in a shard
+
+    @field_validator("host")
+    @classmethod
+    def _host_fits_in_a_queue_name(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62})", value):
+            raise ValueError("a host name has 1 to 63 letters, digits, '.', '_' or '-'")
+        return value
+
+    @field_validator("home", "data")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser().absolute()
+
+    @cached_property
+    def data_dir(self) -> Path:
+        return self.data or self.home / "data"
+
+    @property
+    def run_dir(self) -> Path:
+        return self.home / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.home / "log"
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the farm brings its own broker."""
+        return not self.broker_url
+
+
+def load_settings() -> Settings:
+    """Settings of this process; `UsageError` names the variable that does not fit."""
+    try:
+        return Settings()
+    except ValidationError as exc:
+        problems = "; ".join(f"FARM_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
+        raise UsageError(f"the environment does not make a configuration: {problems}") from exc
