@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from farm.errors import DataError, UsageError
 from farm.zoo.spec import ModelSpec, Tensor
 
-SCHEMA = 1
+VERSION = 1
 
 
 class TensorInfo(BaseModel):
@@ -39,7 +39,7 @@ class Artifact(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    schema_: int = SCHEMA
+    version: int = VERSION
     model: str
     bs: int
     backend: Literal["ort", "acl", "simulated"]
@@ -92,8 +92,8 @@ def read_sidecar(path: Path) -> Artifact:
         artifact = Artifact.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as exc:
         raise DataError(f"{path} is no artifact sidecar: {exc}. Export the model again.") from exc
-    if artifact.schema_ > SCHEMA:
-        raise DataError(f"{path} has schema {artifact.schema_}, this farm knows up to {SCHEMA}: upgrade the farm")
+    if artifact.version > VERSION:
+        raise DataError(f"{path} has version {artifact.version}, this farm knows up to {VERSION}: upgrade the farm")
     return artifact
 
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from farm.errors import DataError
 
 FILE_NAME = "manifest"
-SCHEMA = 1
+VERSION = 1
 UNPREPARED = "!"
 
 
@@ -43,7 +43,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    schema_: int = SCHEMA
+    version: int = VERSION
     recipe: str
     recipe_digest: str
     dtype: str
@@ -104,8 +104,8 @@ def read(directory: Path) -> Manifest:
         header = Header.model_validate_json(first)
     except ValidationError as exc:
         raise DataError(f"{path}: line 1 is no manifest header. Run farm prepare again; finished bins are kept.") from exc
-    if header.schema_ > SCHEMA:
-        raise DataError(f"{path} has schema {header.schema_}, this farm knows up to {SCHEMA}: upgrade the farm")
+    if header.version > VERSION:
+        raise DataError(f"{path} has version {header.version}, this farm knows up to {VERSION}: upgrade the farm")
     if lines.pop() != "":
         raise DataError(f"{path} ends in the middle of a line. Run farm prepare again; finished bins are kept.")
     samples = []
