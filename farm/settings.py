@@ -22,7 +22,7 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=lambda: user_data_path("farm"))  #: state: database, run/, log/
     data: Path | None = None  #: bins and artifacts; `data_dir` says where when unset
-    host: str = Field(default_factory=socket.gethostname)  #: stable name of this machine in the farm
+    host: str = ""  #: stable name of this machine in the farm; `host_name` says which when unset
     broker_url: str = ""  #: empty: the embedded broker
     database_url: str = ""  #: empty: SQLite in `home`
     cpu_slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
@@ -35,7 +35,7 @@ class Settings(BaseSettings):
     @field_validator("host")
     @classmethod
     def _host_fits_in_a_queue_name(cls, value: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62})", value):
+        if value and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62})", value):
             raise ValueError("a host name has 1 to 63 letters, digits, '.', '_' or '-'")
         return value
 
@@ -47,6 +47,11 @@ class Settings(BaseSettings):
     @cached_property
     def data_dir(self) -> Path:
         return self.data or self.home / "data"
+
+    @cached_property
+    def host_name(self) -> str:
+        """A farm of one machine calls it localhost; one of several needs their names."""
+        return self.host or ("localhost" if self.is_embedded else socket.gethostname())
 
     @property
     def run_dir(self) -> Path:
