@@ -1,0 +1,1 @@
+"""The truth: tables, transactions and the verbs on them. Knows neither Celery nor devices."""

@@ -1,0 +1,1 @@
+"""Numbers from rows and scores. Knows neither devices nor databases."""

@@ -1,0 +1,175 @@
+"""Devices: each start of a device's worker is a new incarnation, and beats while it lives."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Row, select, update
+
+from db import events, tables
+from db.engine import Database
+from farm.jobs import LIVE, DeviceState
+
+#: Failures in a row, on shards that other devices can do, after which a device gets no more work.
+STRIKES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """A device as the database holds it."""
+
+    name: str  #: host:index
+    host: str
+    soc: str
+    backends: tuple[str, ...]
+    state: DeviceState
+    incarnation: int
+    pid: int
+    pid_started: float
+    registered: float
+    heartbeat: float
+    strikes: int
+    info: Mapping[str, Any]
+
+    def serves(self, backend: str) -> bool:
+        return backend in self.backends
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration:
+    """What a worker says of itself when it starts."""
+
+    name: str
+    host: str
+    index: int
+    soc: str
+    backends: tuple[str, ...]
+    pid: int
+    pid_started: float
+    info: Mapping[str, Any]
+
+
+def register(conn: Connection, database: Database, registration: Registration) -> int:
+    """Begin a new incarnation of a device and return its number. The old one's attempts are orphans from now on."""
+    now = database.now(conn)
+    name = registration.name
+    values = {
+        "host": registration.host,
+        "idx": registration.index,
+        "soc": registration.soc,
+        "backends": ",".join(registration.backends),
+        "state": DeviceState.UP.value,
+        "pid": registration.pid,
+        "pid_started": registration.pid_started,
+        "registered": now,
+        "heartbeat": now,
+        "strikes": 0,
+        "info": json.dumps(registration.info),
+    }
+    before = conn.scalar(select(tables.device.c.incarnation).where(tables.device.c.name == name).with_for_update())
+    incarnation = (before or 0) + 1
+    if before is None:
+        conn.execute(tables.device.insert().values(name=name, incarnation=incarnation, **values))
+    else:
+        known = tables.device.c.name == name
+        conn.execute(update(tables.device).where(known).values(incarnation=incarnation, **values))
+    events.record(conn, now, "device_up", f"incarnation {incarnation}, pid {registration.pid}", device=name)
+    return incarnation
+
+
+def beat(conn: Connection, database: Database, name: str, incarnation: int) -> frozenset[int] | None:
+    """
+    Say that an incarnation lives, and learn which of its attempts may still win.
+
+    None when a newer incarnation took over: this one has to go.
+    """
+    beaten = conn.execute(
+        update(tables.device)
+        .where(tables.device.c.name == name, tables.device.c.incarnation == incarnation)
+        .values(heartbeat=database.now(conn))
+    )
+    if beaten.rowcount != 1:
+        return None
+    attempt = tables.attempt.c
+    live = [state.value for state in LIVE]
+    return frozenset(
+        conn.execute(
+            select(attempt.id).where(
+                attempt.device == name, attempt.state.in_(live), attempt.incarnation == incarnation
+            )
+        ).scalars()
+    )
+
+
+def set_state(conn: Connection, database: Database, name: str, incarnation: int, state: DeviceState) -> bool:
+    """Change the state of one incarnation; False when a newer one took over."""
+    changed = conn.execute(
+        update(tables.device)
+        .where(
+            tables.device.c.name == name,
+            tables.device.c.incarnation == incarnation,
+            tables.device.c.state != DeviceState.GONE.value,
+        )
+        .values(state=state.value)
+    )
+    if changed.rowcount == 1:
+        events.record(conn, database.now(conn), f"device_{state.value}", device=name)
+    return changed.rowcount == 1
+
+
+def get(conn: Connection, name: str) -> Device | None:
+    row = conn.execute(select(tables.device).where(tables.device.c.name == name)).one_or_none()
+    return None if row is None else _record(row)
+
+
+def everything(conn: Connection) -> list[Device]:
+    rows = conn.execute(select(tables.device).order_by(tables.device.c.host, tables.device.c.idx))
+    return [_record(row) for row in rows]
+
+
+def live(conn: Connection, database: Database, lease_s: float) -> list[Device]:
+    """Devices that take work now."""
+    horizon = database.now(conn) - lease_s
+    return [d for d in everything(conn) if d.state == DeviceState.UP and d.heartbeat >= horizon]
+
+
+def strike(conn: Connection, database: Database, name: str, count: int, why: str) -> None:
+    """Count failures against a device (or forgive with a negative count); the third in a row quarantines it."""
+    device = tables.device.c
+    row = conn.execute(select(device.strikes, device.state).where(device.name == name).with_for_update()).one()
+    strikes = max(0, row.strikes + count)
+    conn.execute(update(tables.device).where(device.name == name).values(strikes=strikes))
+    if strikes >= STRIKES and row.state == DeviceState.UP.value:
+        conn.execute(update(tables.device).where(device.name == name).values(state=DeviceState.QUARANTINED.value))
+        events.record(conn, database.now(conn), "device_quarantined", why, device=name)
+
+
+def clear_strikes(conn: Connection, name: str) -> None:
+    conn.execute(
+        update(tables.device).where(tables.device.c.name == name, tables.device.c.strikes > 0).values(strikes=0)
+    )
+
+
+def matching(devices: Collection[Device], backend: str, only: Collection[str]) -> list[Device]:
+    """Those that can serve a job: its backend, and among the named ones where it names any."""
+    return [d for d in devices if d.serves(backend) and (not only or d.name in only)]
+
+
+def _record(row: Row[Any]) -> Device:
+    return Device(
+        name=row.name,
+        host=row.host,
+        soc=row.soc,
+        backends=tuple(row.backends.split(",")),
+        state=DeviceState(row.state),
+        incarnation=row.incarnation,
+        pid=row.pid,
+        pid_started=row.pid_started,
+        registered=row.registered,
+        heartbeat=row.heartbeat,
+        strikes=row.strikes,
+        info=json.loads(row.info),
+    )

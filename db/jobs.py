@@ -1,0 +1,198 @@
+"""Jobs: written with their shards, looked up, cancelled, settled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter
+from sqlalchemy import ColumnElement, Connection, Row, case, func, insert, select, update
+
+from db import events, tables
+from db.engine import Database
+from farm.errors import UsageError
+from farm.jobs import LIVE, AttemptState, Job, JobSpec, JobState, ResultState, ShardState
+
+_SPEC = TypeAdapter(JobSpec)
+ACTIVE = (JobState.PENDING, JobState.RUNNING)
+UNFINISHED = (ShardState.PENDING, ShardState.ASSIGNED, ShardState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a job is, counted from rows."""
+
+    job: Job
+    finished_samples: int  #: of done shards
+    failed_samples: int
+    shards: int
+    open_shards: int
+    live_attempts: int
+
+
+def create(conn: Connection, database: Database, spec: JobSpec, shards: Sequence[tuple[int, int]]) -> Job:
+    """Write a job and its shards; nothing is assigned yet."""
+    now = database.now(conn)
+    job_id = conn.execute(
+        insert(tables.job)
+        .values(
+            state=JobState.PENDING.value,
+            model=spec.model,
+            bs=spec.bs,
+            backend=spec.artifact.backend,
+            artifact_sha256=spec.artifact.sha256,
+            samples=spec.samples,
+            spec=_SPEC.dump_json(spec).decode(),
+            created=now,
+        )
+        .returning(tables.job.c.id)
+    ).scalar_one()
+    conn.execute(
+        insert(tables.shard),
+        [
+            {"job_id": job_id, "idx": idx, "start": start, "stop": stop, "state": ShardState.PENDING.value}
+            for idx, (start, stop) in enumerate(shards)
+        ],
+    )
+    events.record(conn, now, "job_submitted", f"{len(shards)} shards", job_id=job_id)
+    return get(conn, job_id)
+
+
+def get(conn: Connection, job_id: int) -> Job:
+    row = conn.execute(select(tables.job).where(tables.job.c.id == job_id)).one_or_none()
+    if row is None:
+        raise UsageError(f"there is no job {job_id}: farm jobs lists them")
+    return _record(row)
+
+
+def recent(conn: Connection, limit: int) -> list[Job]:
+    """The newest jobs, newest first."""
+    rows = conn.execute(select(tables.job).order_by(tables.job.c.id.desc()).limit(limit))
+    return [_record(row) for row in rows]
+
+
+def active(conn: Connection) -> list[Job]:
+    """Jobs that still want work done, oldest first."""
+    states = [state.value for state in ACTIVE]
+    rows = conn.execute(select(tables.job).where(tables.job.c.state.in_(states)).order_by(tables.job.c.id))
+    return [_record(row) for row in rows]
+
+
+def progress(conn: Connection, job_id: int) -> Progress:
+    shard, attempt, result = tables.shard.c, tables.attempt.c, tables.result.c
+    is_open = shard.state.in_([state.value for state in UNFINISHED])
+    finished, shards, open_shards = conn.execute(
+        select(
+            func.coalesce(func.sum(_if(shard.state == ShardState.DONE.value, shard.stop - shard.start)), 0),
+            func.count(),
+            func.coalesce(func.sum(_if(is_open, 1)), 0),
+        ).where(shard.job_id == job_id)
+    ).one()
+    failed = conn.scalar(
+        select(func.count()).where(
+            result.job_id == job_id, result.superseded == 0, result.state == ResultState.FAILED.value
+        )
+    )
+    live = conn.scalar(
+        select(func.count()).where(attempt.job_id == job_id, attempt.state.in_([state.value for state in LIVE]))
+    )
+    return Progress(
+        job=get(conn, job_id),
+        finished_samples=int(finished),
+        failed_samples=failed or 0,
+        shards=shards,
+        open_shards=int(open_shards),
+        live_attempts=live or 0,
+    )
+
+
+def cancel(conn: Connection, database: Database, job_id: int) -> bool:
+    """End a job as cancelled, its live attempts lost. False when it had ended already."""
+    return _end(conn, database, job_id, JobState.CANCELLED, "cancelled by its user", ShardState.CANCELLED)
+
+
+def fail(conn: Connection, database: Database, job_id: int, error: str) -> bool:
+    """End a job as failed: no device can finish it. False when it had ended already."""
+    return _end(conn, database, job_id, JobState.FAILED, error, ShardState.FAILED)
+
+
+def _end(
+    conn: Connection, database: Database, job_id: int, state: JobState, error: str, shard_state: ShardState
+) -> bool:
+    now = database.now(conn)
+    ended = conn.execute(
+        update(tables.job)
+        .where(tables.job.c.id == job_id, tables.job.c.state.in_([s.value for s in ACTIVE]))
+        .values(state=state.value, finished=now, error=error)
+    )
+    if ended.rowcount != 1:
+        return False
+    conn.execute(
+        update(tables.attempt)
+        .where(tables.attempt.c.job_id == job_id, tables.attempt.c.state.in_([s.value for s in LIVE]))
+        .values(state=AttemptState.LOST.value, ended=now, reason=f"job {state.value}")
+    )
+    conn.execute(
+        update(tables.shard)
+        .where(tables.shard.c.job_id == job_id, tables.shard.c.state.in_([s.value for s in UNFINISHED]))
+        .values(state=shard_state.value)
+    )
+    events.record(conn, now, f"job_{state.value}", error, job_id=job_id)
+    return True
+
+
+def finished_but_open(conn: Connection) -> list[int]:
+    """Jobs whose shards have all ended although they have not."""
+    shard = tables.shard.c
+    unfinished = (
+        select(shard.id)
+        .where(shard.job_id == tables.job.c.id, shard.state.in_([state.value for state in UNFINISHED]))
+        .exists()
+    )
+    rows = conn.execute(
+        select(tables.job.c.id).where(tables.job.c.state.in_([state.value for state in ACTIVE]), ~unfinished)
+    )
+    return list(rows.scalars())
+
+
+def settle(conn: Connection, database: Database, job_id: int) -> JobState:
+    """
+    End a job whose shards are all done, after counting: scored + failed = total, else it ends as failed.
+
+    Safe to call by many at once; whoever comes second changes nothing.
+    """
+    result = tables.result.c
+    by_state = (
+        select(result.state, func.count()).where(result.job_id == job_id, result.superseded == 0).group_by(result.state)
+    )
+    counts: dict[str, int] = dict(conn.execute(by_state).tuples().all())
+    job = get(conn, job_id)
+    if job.state.is_final:
+        return job.state
+    found = sum(counts.values())
+    if found != job.spec.samples:
+        error = f"refused to settle: {found} result rows for {job.spec.samples} samples; the database was altered"
+        fail(conn, database, job_id, error)
+        return JobState.FAILED
+    state = JobState.DONE_WITH_ERRORS if counts.get(ResultState.FAILED.value) else JobState.DONE
+    now = database.now(conn)
+    conn.execute(update(tables.job).where(tables.job.c.id == job_id).values(state=state.value, finished=now))
+    events.record(conn, now, f"job_{state.value}", f"{found} samples", job_id=job_id)
+    return state
+
+
+def _record(row: Row[Any]) -> Job:
+    fields = row._mapping
+    return Job(
+        id=fields["id"],
+        state=JobState(fields["state"]),
+        spec=_SPEC.validate_json(fields["spec"]),
+        created=fields["created"],
+        finished=fields["finished"],
+        error=fields["error"],
+    )
+
+
+def _if(condition: ColumnElement[bool], value: ColumnElement[int] | int) -> ColumnElement[int]:
+    return case((condition, value), else_=0)

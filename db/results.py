@@ -1,0 +1,157 @@
+"""Result rows: one a sample that counts, kept when superseded; and what attempts tell about speed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sqlalchemy import Connection, func, select
+from sqlalchemy import insert as sql_insert
+
+from db import tables
+from farm.errors import InvariantBroken
+from farm.jobs import Assignment, AttemptState, Budget, ResultState, SampleResult
+
+_K = 5
+_CLASSES = [f"class{i}" for i in range(1, _K + 1)]
+_SCORES = [f"score{i}" for i in range(1, _K + 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A result row as reports use it."""
+
+    name: str
+    state: ResultState
+    label: int
+    rank: int | None
+    classes: tuple[int, ...]
+    scores: tuple[float, ...]
+    reason: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptTimes:
+    """What one winning attempt tells about its device."""
+
+    device: str
+    started: float
+    ended: float
+    samples: int
+    batch_ms: NDArray[np.float32]  #: [batches, 3]: h2d, compute, d2h
+    budget: Budget
+
+
+def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleResult]) -> None:
+    """One row a sample of the shard. The unique key stops a second row that counts; `InvariantBroken` says so."""
+    if len(samples) != assignment.stop - assignment.start:
+        raise InvariantBroken(
+            f"{assignment.task_id} has {len(samples)} rows for {assignment.stop - assignment.start} samples; "
+            "nothing was written"
+        )
+    missing = (None,) * _K
+    conn.execute(
+        sql_insert(tables.result),
+        [
+            {
+                "job_id": assignment.job.id,
+                "name": sample.name,
+                "superseded": 0,
+                "attempt_id": assignment.attempt_id,
+                "state": sample.state.value,
+                "label": sample.label,
+                "rank": sample.rank,
+                "reason": sample.reason,
+                **dict(zip(_CLASSES, sample.classes or missing, strict=True)),
+                **dict(zip(_SCORES, sample.scores or missing, strict=True)),
+            }
+            for sample in samples
+        ],
+    )
+
+
+def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, limit: int | None = None) -> Iterator[Row]:
+    """The rows that count, in name order."""
+    r = tables.result.c
+    query = (
+        select(tables.result, tables.attempt.c.device)
+        .join(tables.attempt, tables.attempt.c.id == r.attempt_id)
+        .where(r.job_id == job_id, r.superseded == 0)
+        .order_by(r.name)
+        .limit(limit)
+    )
+    if state is not None:
+        query = query.where(r.state == state.value)
+    for row in conn.execute(query).mappings():
+        scored = row["state"] == ResultState.SCORED.value
+        yield Row(
+            name=row["name"],
+            state=ResultState(row["state"]),
+            label=row["label"],
+            rank=row["rank"],
+            classes=tuple(row[key] for key in _CLASSES) if scored else (),
+            scores=tuple(row[key] for key in _SCORES) if scored else (),
+            reason=row["reason"],
+            device=row["device"],
+        )
+
+
+def attempt_times(conn: Connection, job_id: int) -> list[AttemptTimes]:
+    """One record a winning attempt, in the order they started."""
+    a, s = tables.attempt.c, tables.shard.c
+    query = (
+        select(a.device, a.started, a.ended, a.batch_ms, a.budget, (s.stop - s.start).label("samples"))
+        .join(tables.shard, s.id == a.shard_id)
+        .where(a.job_id == job_id, a.state == AttemptState.WON.value)
+        .order_by(a.started)
+    )
+    return [
+        AttemptTimes(
+            device=row.device,
+            started=row.started,
+            ended=row.ended,
+            samples=row.samples,
+            batch_ms=np.frombuffer(row.batch_ms, dtype="<f4").reshape(-1, 3),
+            budget=Budget(**json.loads(row.budget)),
+        )
+        for row in conn.execute(query)
+    ]
+
+
+def spent(conn: Connection, job_id: int) -> list[tuple[float, float]]:
+    """(start, end) of all attempts that ran and ended, whatever became of them."""
+    a = tables.attempt.c
+    query = select(a.started, a.ended).where(a.job_id == job_id, a.started.is_not(None), a.ended.is_not(None))
+    return [(row.started, row.ended) for row in conn.execute(query)]
+
+
+def attempts_by_state(conn: Connection, job_id: int) -> dict[str, int]:
+    """How many attempts ended how; failed ones by their failure."""
+    a = tables.attempt.c
+    kind_of = func.coalesce(a.failure, a.state)
+    query = select(kind_of, func.count()).where(a.job_id == job_id).group_by(a.failure, a.state)
+    counts: dict[str, int] = {}
+    for kind, count in conn.execute(query).tuples():
+        counts[kind] = counts.get(kind, 0) + count
+    return counts
+
+
+def device_fps(conn: Connection, artifact_sha256: str) -> float | None:
+    """Samples a second one device managed with this artifact of late (its last 20 shards); None if never run."""
+    a, j = tables.attempt.c, tables.job.c
+    query = (
+        select(a.batch_ms, j.bs)
+        .join(tables.job, j.id == a.job_id)
+        .where(j.artifact_sha256 == artifact_sha256, a.state == AttemptState.WON.value)
+        .order_by(a.id.desc())
+        .limit(20)
+    )
+    batches, total_ms, bs = 0, 0.0, 0
+    for row in conn.execute(query):
+        times = np.frombuffer(row.batch_ms, dtype="<f4").reshape(-1, 3)
+        batches, total_ms, bs = batches + len(times), total_ms + float(times.sum()), row.bs
+    return 1000.0 * bs * batches / total_ms if total_ms else None
