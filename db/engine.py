@@ -7,11 +7,9 @@ Write transactions hold the writers' lock from their first statement (``BEGIN IM
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from sqlalchemy import Connection, create_engine, event, func, inspect, select, text
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -21,7 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from db.tables import SCHEMA_REVISION, metadata
 from farm.errors import InvariantBroken, StorageError, UsageError
-from farm.settings import Settings
+from farm.settings import Settings, make_home
 
 BUSY_TIMEOUT_S = 30
 
@@ -104,22 +102,10 @@ def open_database(settings: Settings) -> Database:
     if settings.database_url:
         database = Database(settings.database_url)
     else:
-        make_private(settings.home)
+        make_home(settings)
         database = Database(f"sqlite:///{settings.home / 'farm.db'}")
     database.ensure_schema()
     return database
-
-
-def make_private(directory: Path) -> None:
-    """A directory of one's own (0700), with a sentence when it cannot be."""
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise PermissionError("not writable")
-    except OSError as exc:
-        raise StorageError(
-            f"cannot write in {directory}: {exc.strerror or exc}. Set FARM_HOME to a directory of yours."
-        ) from exc
 
 
 def _revision(conn: Connection) -> str | None:

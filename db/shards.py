@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Row, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
 
 from db import devices, events, jobs, results, tables
 from db.devices import Device
@@ -60,8 +60,16 @@ class Started:
     waiting: Assignment | None  #: the next one in this device's window, to read ahead
 
 
-class _Fenced(Exception):  # noqa: N818  an answer, raised only to roll back
-    """The attempt is not live any more."""
+class _Pending(NamedTuple):
+    id: int
+    job_id: int
+    idx: int
+    start: int
+    stop: int
+
+
+class _Fenced(Exception):
+    """The attempt is not live any more: an answer, raised only to roll back."""
 
 
 def assign(conn: Connection, database: Database, lease_s: float, only: str | None = None) -> list[Ring]:
@@ -88,7 +96,7 @@ def _fill(conn: Connection, now: float, device: Device, up: Sequence[Device], op
     return rings
 
 
-def _next_pending(conn: Connection, device: Device, up: Collection[Device], suited: dict[int, Job]) -> Row[Any] | None:
+def _next_pending(conn: Connection, device: Device, up: Collection[Device], suited: dict[int, Job]) -> _Pending | None:
     """The first pending shard of the oldest job; one that failed here goes elsewhere first, if it can."""
     failed_here = select(a.shard_id).where(a.device == device.name, a.state == AttemptState.FAILED.value)
     query = (
@@ -100,7 +108,7 @@ def _next_pending(conn: Connection, device: Device, up: Collection[Device], suit
     )
     row = conn.execute(query.where(s.id.not_in(failed_here))).first()
     if row is not None:
-        return row
+        return _Pending(*row)
     for row in conn.execute(query.limit(16)):
         job = suited[row.job_id]
         peers = devices.matching(up, job.spec.artifact.backend, job.spec.devices)
@@ -108,11 +116,11 @@ def _next_pending(conn: Connection, device: Device, up: Collection[Device], suit
             conn.execute(select(a.device).where(a.shard_id == row.id, a.state == AttemptState.FAILED.value)).scalars()
         )
         if tried.issuperset(d.name for d in peers):
-            return row
+            return _Pending(*row)
     return None
 
 
-def _attempt(conn: Connection, now: float, row: Row[Any], job: Job, device: Device) -> Ring:
+def _attempt(conn: Connection, now: float, row: _Pending, job: Job, device: Device) -> Ring:
     past = conn.execute(select(a.failure).where(a.shard_id == row.id)).scalars().all()
     isolating = sum(failure in _BREAKING for failure in past) >= ISOLATE_AFTER
     attempt_id = conn.execute(
@@ -411,3 +419,14 @@ def _event(conn: Connection, now: float, kind: str, assignment: Assignment, devi
         conn, now, kind, text,
         job_id=assignment.job.id, shard_id=assignment.shard_id, attempt_id=assignment.attempt_id, device=device,
     )  # fmt: skip
+
+
+def has_room(conn: Connection, database: Database, lease_s: float) -> bool:
+    """Whether some device's window could take a shard that is pending."""
+    up = devices.live(conn, database, lease_s)
+    if not up or conn.execute(select(s.id).where(s.state == ShardState.PENDING.value).limit(1)).first() is None:
+        return False
+    held: dict[str, int] = dict(
+        conn.execute(select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)).tuples().all()
+    )
+    return any(held.get(device.name, 0) < WINDOW for device in up)

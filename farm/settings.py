@@ -12,7 +12,7 @@ from platformdirs import user_data_path
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from farm.errors import UsageError
+from farm.errors import StorageError, UsageError
 
 
 class Settings(BaseSettings):
@@ -74,3 +74,16 @@ def load_settings() -> Settings:
     except ValidationError as exc:
         problems = "; ".join(f"FARM_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
         raise UsageError(f"the environment does not make a configuration: {problems}") from exc
+
+
+def make_home(settings: Settings) -> None:
+    """The farm's own directories, private (0700); `StorageError` with what to do when they cannot be."""
+    for directory in (settings.home, settings.run_dir, settings.log_dir):
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (directory / ".writable").touch()
+            (directory / ".writable").unlink()
+        except OSError as exc:
+            raise StorageError(
+                f"cannot write in {directory}: {exc.strerror}. Set FARM_HOME to a directory of yours."
+            ) from exc

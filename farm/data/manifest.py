@@ -9,7 +9,8 @@ not be prepared it is ``!`` and a fourth field says why, so that the sample is c
 from __future__ import annotations
 
 import hashlib
-import os
+import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from farm.data import disk
 from farm.errors import DataError
 
 FILE_NAME = "manifest"
 VERSION = 1
 UNPREPARED = "!"
+
+#: A name becomes a file name and a field of a line, hence no slash and no control characters.
+_NAME = r"[^/\x00-\x1f\x7f]+"
+_LABEL = r"0|[1-9][0-9]{0,8}"
+_LINE = re.compile(rf"({_NAME})\t({_LABEL})\t(?:([0-9a-f]{{16}})|{UNPREPARED}\t([^\x00-\x1f\x7f]+))")
+
+_AGAIN = "Run farm prepare again; finished bins are kept."
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +70,13 @@ class Manifest:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over recipe digest and sample lines: equal digests, equal inputs and labels."""
+        """sha256 over the recipe digest and each sample's name, label and hash: equal digests, equal inputs and labels.
+
+        Why a sample could not be prepared is left out: hosts may word it differently and have the same inputs.
+        """
         digest = hashlib.sha256(self.header.recipe_digest.encode() + b"\n")
         for sample in self.samples:
-            digest.update(sample.line().encode())
+            digest.update(f"{sample.name}\t{sample.label}\t{sample.xxh3}\n".encode())
         return digest.hexdigest()
 
 
@@ -76,16 +88,21 @@ def bin_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.bin"
 
 
+def is_name(text: str) -> bool:
+    """Whether a sample can be called so."""
+    return re.fullmatch(_NAME, text) is not None and _is_utf8(text)
+
+
 def write(directory: Path, header: Header, samples: Iterable[Sample]) -> Manifest:
-    """Replace the manifest, whole or not at all."""
-    manifest = Manifest(header, sorted(samples, key=lambda s: s.name.encode()))
-    partial = directory / (FILE_NAME + ".tmp")
-    with partial.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(header.model_dump_json() + "\n")
-        file.writelines(sample.line() for sample in manifest.samples)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, directory / FILE_NAME)
+    """Replace the manifest, whole or not at all.
+
+    `DataError` for a sample that `read` would not take back, `StorageError` when the disk refuses.
+    """
+    manifest = Manifest(header, tuple(sorted(samples, key=lambda s: s.name.encode(errors="surrogatepass"))))
+    _check(manifest)
+    text = header.model_dump_json() + "\n" + "".join(sample.line() for sample in manifest.samples)
+    path = directory / FILE_NAME
+    disk.replace(path, text.encode(), partial=path.with_suffix(".tmp"), durable=True)
     return manifest
 
 
@@ -93,32 +110,67 @@ def read(directory: Path) -> Manifest:
     """`DataError` names the line for anything that is not as `write` leaves it."""
     path = directory / FILE_NAME
     try:
-        with path.open(encoding="utf-8", newline="\n") as file:
-            first = file.readline()
-            lines = file.read().split("\n")
+        text = path.read_bytes().decode()
     except FileNotFoundError as exc:
         raise DataError(f"no prepared data in {directory}: run farm prepare first") from exc
     except (OSError, UnicodeDecodeError) as exc:
-        raise DataError(f"cannot read {path}: {exc}. Run farm prepare again; finished bins are kept.") from exc
+        raise DataError(f"cannot read {path}: {exc}. {_AGAIN}") from exc
+    first, *lines = text.split("\n")
+    header = _read_header(path, first)
+    if not lines or lines.pop() != "":
+        raise DataError(f"{path} ends in the middle of a line. {_AGAIN}")
+    manifest = Manifest(header, tuple(_read_sample(path, number, line) for number, line in enumerate(lines, start=2)))
     try:
-        header = Header.model_validate_json(first)
-    except ValidationError as exc:
-        raise DataError(f"{path}: line 1 is no manifest header. Run farm prepare again; finished bins are kept.") from exc
-    if header.version > VERSION:
-        raise DataError(f"{path} has version {header.version}, this farm knows up to {VERSION}: upgrade the farm")
-    if lines.pop() != "":
-        raise DataError(f"{path} ends in the middle of a line. Run farm prepare again; finished bins are kept.")
-    samples = []
-    for number, line in enumerate(lines, start=2):
-        fields = line.split("\t")
-        try:
-            sample = Sample(fields[0], int(fields[1]), *fields[2:])
-            if not sample.xxh3:
-                raise ValueError
-        except (IndexError, TypeError, ValueError) as exc:
+        _check(manifest)
+    except DataError as exc:
+        raise DataError(f"{path}: {exc}. {_AGAIN}") from exc
+    return manifest
+
+
+def _read_header(path: Path, line: str) -> Header:
+    try:
+        fields = json.loads(line)
+        # Before the other fields: a newer version may have renamed them.
+        if isinstance(fields, dict) and isinstance(fields.get("version"), int) and fields["version"] > VERSION:
             raise DataError(
-                f"{path}: line {number} is {line[:80]!r}, expected name, label and xxh3 parted by tabs. "
-                "Run farm prepare again; finished bins are kept."
-            ) from exc
-        samples.append(sample)
-    return Manifest(header, samples)
+                f"{path} has version {fields['version']}, this farm knows up to {VERSION}: upgrade the farm"
+            )
+        return Header.model_validate(fields)
+    except (ValueError, RecursionError, ValidationError) as exc:
+        raise DataError(f"{path}: line 1 is no manifest header. {_AGAIN}") from exc
+
+
+def _read_sample(path: Path, number: int, line: str) -> Sample:
+    match = _LINE.fullmatch(line)
+    if match is None:
+        raise DataError(
+            f"{path}: line {number} is {line[:80]!r}, expected name, label and xxh3 parted by tabs. {_AGAIN}"
+        )
+    name, label, xxh3, problem = match.groups()
+    return Sample(name, int(label), xxh3 or UNPREPARED, problem or "")
+
+
+def _check(manifest: Manifest) -> None:
+    """`DataError` for a sample that does not fit into a line or among the others."""
+    before = ""
+    for number, sample in enumerate(manifest.samples, start=2):
+        if not _LINE.fullmatch(sample.line()[:-1]) or not _is_utf8(sample.line()):
+            raise DataError(f"line {number}: {sample} does not fit into a manifest")
+        if sample.label >= manifest.header.classes:
+            raise DataError(
+                f"line {number}: sample {sample.name} has label {sample.label}, expected 0 to "
+                f"{manifest.header.classes - 1}"
+            )
+        if number > 2 and sample.name.encode() <= before.encode():
+            raise DataError(
+                f"line {number}: sample {sample.name} comes after {before}, expected ascending names, each once"
+            )
+        before = sample.name
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

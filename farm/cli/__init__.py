@@ -1,0 +1,85 @@
+"""
+The command line. Results go to stdout, talk to stderr; commands parse, call one function and print.
+
+Imports in this package are light at module level: ``farm --help`` must not wait for torch or a database.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import click
+import typer
+
+from farm.cli import data, database, demo, devices, export, jobs, local
+from farm.errors import FarmError
+
+DETACHED = 130
+
+app = typer.Typer(
+    name="farm",
+    help="Evaluate vision models on every device there is, and know what the numbers are worth.",
+    epilog="First steps: farm demo. A real job: farm prepare, farm export, farm submit; each has --help.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+for command in (
+    data.prepare,
+    export.export,
+    jobs.submit,
+    jobs.wait,
+    jobs.jobs,
+    jobs.status,
+    jobs.report,
+    jobs.cancel,
+    devices.devices,
+    devices.doctor,
+    local.up,
+    local.down,
+    demo.demo,
+):
+    app.command()(command)
+app.add_typer(database.app, name="db")
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.", envvar="FARM_DEBUG")] = False,
+) -> None:
+    """Options of every command."""
+    if debug:
+        os.environ["FARM_DEBUG"] = "1"
+
+
+def main() -> None:
+    """Run the command line; every error ends as one sentence on stderr and an exit code of the contract."""
+    try:
+        code = app(standalone_mode=False)
+    except FarmError as exc:
+        code = _complain(str(exc), exc.exit_code)
+    except click.ClickException as exc:
+        exc.show()
+        code = exc.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = DETACHED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as exc:
+        where = f"{exc.filename}: " if exc.filename else ""
+        code = _complain(f"{where}{exc.strerror or exc}", 1)
+    except Exception as exc:
+        code = _complain(f"this is a bug in the farm: {exc!r}. Run again with --debug and report what it prints.", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(sentence: str, code: int) -> int:
+    if os.environ.get("FARM_DEBUG"):
+        traceback.print_exc()
+    print(f"error: {sentence}", file=sys.stderr)
+    return code

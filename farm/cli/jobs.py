@@ -1,0 +1,288 @@
+"""farm submit, wait, jobs, status, report, cancel: a job from its user's side."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farm.cli.arguments import batch_sizes, names
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from db.engine import Database
+    from farm.settings import Settings
+    from tasks.submission import Plan
+
+JobId = Annotated[int, typer.Argument(help="The number farm submit printed.", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+#: Exit codes: nothing wrong, a job failed or was cancelled, samples failed.
+DONE, FAILED, WITH_ERRORS, DETACHED = 0, 1, 3, 130
+
+
+def submit(
+    model: Annotated[str, typer.Argument(help="e.g. lvvit")],
+    bs: Annotated[str, typer.Option(help="Batch size, or several: a job each.")] = "1",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples.")] = None,
+    devices: Annotated[str | None, typer.Option(help="Only these: host:0,host:1.")] = None,
+    artifact: Annotated[str | None, typer.Option(help="sha256 (or its beginning) or file, where several fit.")] = None,
+    backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
+    allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 with up to N failed samples.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job would be and what is missing.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end and print the report.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a model on all devices that match, and print the report."""
+    from farm.settings import load_settings
+    from tasks import local
+
+    settings = load_settings()
+    _check_backend(backend)
+    sizes = batch_sizes(bs)
+    if dry_run or not wait:
+        database = _open(settings)
+        plans = _plans(settings, database, model, sizes, limit, devices, artifact, backend, allow_failed)
+        if dry_run:
+            _show_plans(plans, as_json)
+        else:
+            _show_submitted(_create(settings, database, plans), settings, as_json)
+        return
+    # The farm starts while this process is still importing and planning.
+    with local.joined(settings) as keep_farm:
+        database = _open(settings)
+        plans = _plans(settings, database, model, sizes, limit, devices, artifact, backend, allow_failed)
+        job_ids = _create(settings, database, plans)
+        code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
+    raise typer.Exit(code)
+
+
+def wait(job: JobId, as_json: Json = False) -> None:
+    """Wait for a job as submit does; a farm is started for it if none is up."""
+    from farm.settings import load_settings
+    from tasks import local
+
+    settings = load_settings()
+    database = _open(settings)
+    if _job(database, job).state.is_final:
+        raise typer.Exit(_report_all(database, [job], as_json))
+    with local.joined(settings) as keep_farm:
+        code = _wait_and_report(settings, database, [job], keep_farm, as_json)
+    raise typer.Exit(code)
+
+
+def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: Json = False) -> None:
+    """List the newest jobs."""
+    from rich.table import Table
+
+    from db import jobs as stored
+    from farm.settings import load_settings
+
+    database = _open(load_settings())
+    with database.read() as conn:
+        found = [stored.progress(conn, job.id) for job in stored.recent(conn, limit)]
+    if as_json:
+        _print_json([_progress_json(progress) for progress in found])
+        return
+    table = Table("job", "model", "bs", "backend", "state", "samples", "failed", "submitted", box=None)
+    for p in found:
+        spec = p.job.spec
+        table.add_row(
+            str(p.job.id),
+            spec.model,
+            str(spec.bs),
+            spec.artifact.backend,
+            p.job.state.value,
+            f"{p.finished_samples}/{spec.samples}",
+            str(p.failed_samples),
+            datetime.fromtimestamp(p.job.created).strftime("%Y-%m-%d %H:%M:%S"),
+        )
+    _console(stderr=False).print(table if found else "no jobs yet: farm submit MODEL --bs N")
+
+
+def status(job: JobId, as_json: Json = False) -> None:
+    """Show how far a job is, what broke on the way, and which devices are there."""
+    from farm.reports import status as reports
+    from farm.settings import load_settings
+
+    database = _open(load_settings())
+    found = reports.build(database, load_settings(), job)
+    if as_json:
+        _print_json(found)
+    else:
+        reports.show(found, _console(stderr=False))
+
+
+def report(job: JobId, as_json: Json = False) -> None:
+    """Print a job's report, as submit did when it ended; of a running job, what is known so far."""
+    from farm.settings import load_settings
+
+    raise typer.Exit(_report_all(_open(load_settings()), [job], as_json))
+
+
+def cancel(job: JobId) -> None:
+    """End a job; rows written so far are kept."""
+    from db import jobs as stored
+    from farm.settings import load_settings
+
+    database = _open(load_settings())
+    with database.write() as conn:
+        state = stored.get(conn, job).state
+        cancelled = stored.cancel(conn, database, job)
+    print(f"job {job} is cancelled" if cancelled else f"job {job} was {state.value} already")
+
+
+def _check_backend(backend: str | None) -> None:
+    from farm.errors import UsageError
+
+    if backend not in (None, "acl", "ort", "simulated"):
+        raise UsageError(f"--backend {backend}: expected acl, ort or simulated")
+
+
+def _open(settings: Settings) -> Database:
+    from db.engine import open_database
+
+    return open_database(settings)
+
+
+def _plans(
+    settings: Settings,
+    database: Database,
+    model: str,
+    sizes: list[int],
+    limit: int | None,
+    devices: str | None,
+    artifact: str | None,
+    backend: str | None,
+    allow_failed: int,
+) -> list[Plan]:
+    from tasks.submission import Request, plan
+
+    return [
+        plan(
+            settings,
+            database,
+            Request(
+                model=model,
+                bs=bs,
+                limit=limit,
+                devices=names(devices),
+                artifact=artifact,
+                backend=backend,
+                allow_failed=allow_failed,
+            ),
+        )
+        for bs in sizes
+    ]
+
+
+def _create(settings: Settings, database: Database, plans: list[Plan]) -> list[int]:
+    """Write the jobs, then ring for them; without a farm the rows wait for one."""
+    from tasks import dispatch, local
+    from tasks.submission import submit as write
+
+    job_ids = [write(database, planned).id for planned in plans]
+    if settings.is_embedded:
+        local.nudge(settings)
+    else:
+        dispatch.assign_and_ring(settings, database)
+    return job_ids
+
+
+def _show_plans(plans: list[Plan], as_json: bool) -> None:
+    if as_json:
+        _print_json([p.as_json() for p in plans] if len(plans) > 1 else plans[0].as_json())
+        return
+    for p in plans:
+        mark = " (simulated)" if p.spec.artifact.backend == "simulated" else ""
+        print(
+            f"{p.spec.model} bs {p.spec.bs}{mark}: {p.spec.samples} samples in {len(p.shards)} shards on "
+            f"{len(p.device_names)} devices ({', '.join(p.device_names)}), {p.bin_bytes / 1e9:.2f} GB to read, "
+            f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device; artifact {p.spec.artifact}. "
+            "Nothing is missing."
+        )
+
+
+def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool) -> None:
+    from tasks import local
+
+    if as_json:
+        _print_json({"jobs": job_ids})
+        return
+    hint = "" if not settings.is_embedded or local.is_up(settings) else " No farm is up: farm up, or farm wait JOB."
+    print(f"submitted: job {', '.join(map(str, job_ids))}.{hint}")
+
+
+def _wait_and_report(settings: Settings, database: Database, job_ids: list[int], keep_farm: Any, as_json: bool) -> int:
+    from farm.cli.progress import follow
+
+    console = _console(stderr=True)
+    try:
+        for job_id in job_ids:
+            follow(settings, database, job_id, keep_farm, console)
+    except KeyboardInterrupt:
+        listing = ", ".join(map(str, job_ids))
+        console.print(
+            f"detached; job {listing} stays as it is: farm wait {job_ids[0]} or farm up goes on with it",
+            highlight=False,
+        )
+        return DETACHED
+    return _report_all(database, job_ids, as_json)
+
+
+def _report_all(database: Database, job_ids: list[int], as_json: bool) -> int:
+    from farm.reports.report import build
+    from farm.reports.terminal import show
+
+    reports = [build(database, job_id) for job_id in job_ids]
+    if as_json:
+        _print_json(reports[0] if len(reports) == 1 else reports)
+    else:
+        for each in reports:
+            show(each, _console(stderr=False))
+    codes = [_exit_code(each) for each in reports]
+    return next((code for code in (FAILED, WITH_ERRORS) if code in codes), DONE)
+
+
+def _exit_code(report: dict[str, Any]) -> int:
+    if report["state"] in ("failed", "cancelled"):
+        return FAILED
+    if report["samples"]["failed"] > report["provenance"]["allow_failed"]:
+        return WITH_ERRORS
+    return DONE
+
+
+def _job(database: Database, job_id: int) -> Any:
+    from db import jobs as stored
+
+    with database.read() as conn:
+        return stored.get(conn, job_id)
+
+
+def _progress_json(progress: Any) -> dict[str, Any]:
+    spec = progress.job.spec
+    return {
+        "job": progress.job.id,
+        "state": progress.job.state.value,
+        "simulated": progress.job.simulated,
+        "model": spec.model,
+        "bs": spec.bs,
+        "backend": spec.artifact.backend,
+        "samples": {"total": spec.samples, "finished": progress.finished_samples, "failed": progress.failed_samples},
+        "created": progress.job.created,
+        "finished": progress.job.finished,
+        "error": progress.job.error,
+    }
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)

@@ -1,0 +1,156 @@
+"""Processes that do one thing to many items, and end when the process that started them does, however it ends."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import warnings
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
+from typing import TypeVar
+
+from farm.errors import FarmError, StorageError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+#: Items handed over at a time: few enough for a prompt stop, enough that handing over costs nothing beside the work.
+PIECE = 4
+#: Pieces under way for each process, so that none waits for this one.
+AHEAD = 3
+#: Items that take their process down with them before it must be the machine rather than the items.
+MOST_DEATHS = 8
+
+_PR_SET_PDEATHSIG = 1
+
+
+def each(
+    function: Callable[[T], R], items: Sequence[T], *, processes: int, died: Callable[[T], R]
+) -> Generator[R, None, None]:
+    """What `function` makes of every item, in any order; `died(item)` if the item takes its process down.
+
+    A `FarmError` from `function` comes out here after the results of all that was under way. Function, items and
+    results travel between processes. The calling thread must live as long as the generator does.
+    """
+    waiting = deque(items[start : start + PIECE] for start in range(0, len(items), PIECE))
+    deaths = 0
+    while waiting:
+        suspects = yield from _pass(function, waiting, processes, AHEAD)
+        # One at a time, so that a death tells which one it was.
+        alone: deque[Sequence[T]] = deque([suspect] for suspect in suspects)
+        while alone:
+            for item in (yield from _pass(function, alone, 1, 1)):
+                deaths += 1
+                if deaths > MOST_DEATHS:
+                    raise StorageError(
+                        f"{deaths} processes ended by themselves: is the machine out of memory? "
+                        "What was finished is kept: run the same command again, perhaps with fewer --processes"
+                    )
+                yield died(item)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; for Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have ended before the call above.
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _pass(
+    function: Callable[[T], R], waiting: deque[Sequence[T]], processes: int, ahead: int
+) -> Generator[R, None, list[T]]:
+    """Work until nothing waits or a process dies; returns the items that were under way when one did."""
+    under_way: dict[Future[tuple[list[R], FarmError | None]], Sequence[T]] = {}
+    suspects: list[T] = []
+    error: FarmError | None = None
+    broken = False
+    with _executor(min(processes, len(waiting))) as executor:
+        while True:
+            while waiting and len(under_way) < processes * ahead and not (broken or error):
+                try:
+                    future = _submit(executor, function, waiting[0])
+                except BrokenProcessPool:
+                    broken = True
+                else:
+                    under_way[future] = waiting.popleft()
+            if not under_way:
+                break
+            for future in wait(under_way, return_when=FIRST_COMPLETED).done:
+                piece = under_way.pop(future)
+                try:
+                    results, failed = future.result()
+                except BrokenProcessPool:
+                    broken = True
+                    suspects.extend(piece)
+                else:
+                    yield from results
+                    error = error or failed
+    if error:
+        raise error
+    return suspects
+
+
+def _work(function: Callable[[T], R], piece: Sequence[T]) -> tuple[list[R], FarmError | None]:
+    results: list[R] = []
+    for item in piece:
+        try:
+            results.append(function(item))
+        except FarmError as exc:
+            return results, exc
+    return results, None
+
+
+@contextmanager
+def _executor(processes: int) -> Iterator[ProcessPoolExecutor]:
+    # Spawned, not forked: the caller may have threads, and a child must not inherit its locks.
+    executor = ProcessPoolExecutor(
+        processes, mp_context=get_context("spawn"), initializer=_settle_in, initargs=(os.getpid(),)
+    )
+    try:
+        yield executor
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(
+    executor: ProcessPoolExecutor, function: Callable[[T], R], piece: Sequence[T]
+) -> Future[tuple[list[R], FarmError | None]]:
+    # This may start a process, which inherits the mask. Ctrl-C reaches the whole process group, but only the parent
+    # may act on it: a child would print a traceback, or leave a piece without an answer.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        with _one_thread_each():
+            return executor.submit(_work, function, piece)
+    except OSError as exc:
+        raise StorageError(f"cannot start a process: {exc.strerror}. Try fewer --processes") from exc
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep numpy in a child from starting a thread a core, which on a big host hits the limit of processes."""
+    name = "OPENBLAS_NUM_THREADS"
+    before = os.environ.get(name)
+    os.environ[name] = "2"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _settle_in(parent: int) -> None:
+    end_with_parent(parent)
+    # Pillow warns of odd metadata on stderr, in the midst of the parent's progress.
+    warnings.simplefilter("ignore")

@@ -1,0 +1,123 @@
+"""The report of a job, computed from its rows alone: at any time, by anybody, with the same result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from db import jobs, results
+from db.engine import Database
+from db.results import AttemptTimes, Row
+from farm import zoo
+from farm.digest import answers_digest
+from farm.jobs import JobState, ResultState
+from farm.metrics import topk
+
+SCHEMA = 1
+Report = dict[str, Any]
+
+
+def build(database: Database, job_id: int) -> Report:
+    """All of a job's figures. Percentages are of the scored samples; a failed one is never scored as wrong."""
+    with database.read() as conn:
+        job = jobs.get(conn, job_id)
+        rows = list(results.rows(conn, job_id))
+        times = results.attempt_times(conn, job_id)
+        spent = results.spent(conn, job_id)
+        attempts = results.attempts_by_state(conn, job_id)
+    spec = job.spec
+    scored = [row for row in rows if row.state is ResultState.SCORED]
+    failed = [row for row in rows if row.state is ResultState.FAILED]
+    wall_s = _covered(spent)
+    devices = _devices(times, spec.bs, wall_s)
+    complete = job.state in (JobState.DONE, JobState.DONE_WITH_ERRORS)
+    reference = zoo.get(spec.model)
+    return {
+        "schema": SCHEMA,
+        "job": job.id,
+        "state": job.state.value,
+        "error": job.error,
+        "simulated": job.simulated,
+        "model": spec.model,
+        "bs": spec.bs,
+        "backend": spec.artifact.backend,
+        "artifact": spec.artifact.sha256,
+        **_accuracy(scored),
+        "samples": {"total": spec.samples, "scored": len(scored), "failed": len(failed)},
+        "failed": [{"name": row.name, "reason": row.reason} for row in failed],
+        "fps": {
+            "device": _device_fps(times, spec.bs),
+            "wall": len(rows) / wall_s if wall_s else None,
+        },
+        "wall_s": wall_s,
+        "busy": float(np.mean([d["busy"] for d in devices])) if devices else None,
+        "devices": devices,
+        "attempts": attempts,
+        "budget_ms": _budget(times),
+        "digest": answers_digest((r.name, r.classes or None) for r in rows) if complete else None,
+        "reference": {
+            "metrics": dict(reference.reference),
+            "device_fps": reference.reference_fps.get(spec.bs),
+        },
+        "provenance": {
+            **spec.provenance,
+            "artifact": spec.artifact.model_dump(mode="json", exclude={"max_abs_diff"}),
+            "allow_failed": spec.allow_failed,
+        },
+    }
+
+
+def _accuracy(scored: Sequence[Row]) -> Report:
+    n = len(scored)
+    correct = {f"top{k}": sum(1 for row in scored if row.rank is not None and row.rank <= k) for k in (1, 5)}
+    return {
+        "metrics": {name: topk.percent(count, n) for name, count in correct.items()},
+        "interval": {name: topk.interval(count, n) for name, count in correct.items()},
+    }
+
+
+def _device_fps(times: Iterable[AttemptTimes], bs: int) -> float | None:
+    """The reference's formula, 1000 * bs / mean(compute ms): device time only, padding counts as work."""
+    compute = [t.batch_ms[:, 1] for t in times]
+    return float(1000.0 * bs / np.mean(np.concatenate(compute))) if compute else None
+
+
+def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float) -> list[Report]:
+    lines = []
+    for name in sorted({t.device for t in times}):
+        own = [t for t in times if t.device == name]
+        batches = np.concatenate([t.batch_ms for t in own])
+        lines.append(
+            {
+                "device": name,
+                "samples": sum(t.samples for t in own),
+                "batches": len(batches),
+                "fps": _device_fps(own, bs),
+                "busy": float(batches.sum()) / 1000 / wall_s if wall_s else None,
+                "h2d_ms": float(batches[:, 0].mean()),
+                "compute_ms": float(batches[:, 1].mean()),
+                "d2h_ms": float(batches[:, 2].mean()),
+                "compute_p99_ms": float(np.percentile(batches[:, 1], 99)),
+            }
+        )
+    return lines
+
+
+def _budget(times: Sequence[AttemptTimes]) -> dict[str, float]:
+    """Where the winning attempts' time went, in ms a sample."""
+    samples = sum(t.samples for t in times)
+    if not samples:
+        return {}
+    names = ("read_ms", "wait_ms", "device_ms", "post_ms", "load_ms")
+    return {name: round(sum(getattr(t.budget, name) for t in times) / samples, 4) for name in names}
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds during which at least one attempt ran: a job that was interrupted overnight did not run overnight."""
+    covered, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return covered

@@ -1,0 +1,91 @@
+"""The report as a person reads it."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from farm.reports.report import Report
+
+#: Failed samples listed by name before the rest is only counted.
+NAMED = 10
+
+
+def show(report: Report, console: Console) -> None:
+    """Print a report; a simulated one says so first."""
+    model, bs, backend = report["model"], report["bs"], report["backend"]
+    if report["simulated"]:
+        console.print("[bold yellow]SIMULATED[/]: outputs and times of a device that is none; no accuracy here is real")
+    console.print(f"[bold]job {report['job']}[/]: {model} bs {bs} on {backend}, {report['state']}", highlight=False)
+    if report["error"]:
+        console.print(f"  {report['error']}", markup=False, highlight=False)
+    console.print(_figures(report))
+    if report["devices"]:
+        console.print(_devices(report))
+    _failures(report, console)
+    provenance = report["provenance"]
+    made_by = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    for line in (
+        f"artifact  {report['artifact']}",
+        f"manifest  {provenance['manifest']}",
+        f"recipe    {provenance['recipe']} {provenance['recipe_digest']}",
+        f"digest    {report['digest'] or 'none before the job is complete'}",
+        f"made by   {made_by}",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _figures(report: Report) -> Table:
+    table = Table("", "measured", "95 %", "310P3 reference", box=None, pad_edge=False)
+    reference = report["reference"]
+    for name, value in report["metrics"].items():
+        given = reference["metrics"].get(name)
+        low, high = report["interval"][name] or (0.0, 0.0)
+        table.add_row(
+            name,
+            "-" if value is None else f"{value:.3f} %",
+            "-" if value is None else f"± {(high - low) / 2:.3f}",
+            "-" if given is None else f"{given} %",
+        )
+    samples = report["samples"]
+    table.add_row("samples", f"{samples['scored']} scored, {samples['failed']} failed of {samples['total']}", "", "")
+    mark = " simulated" if report["simulated"] else ""
+    given = reference["device_fps"]
+    table.add_row("device fps", _number(report["fps"]["device"]) + mark, "", "-" if given is None else f"{given}")
+    table.add_row("wall fps", f"{_number(report['fps']['wall'])}{mark} (all devices, {report['wall_s']:.1f} s)", "", "")
+    busy = report["busy"]
+    table.add_row("device busy", "-" if busy is None else f"{100 * busy:.1f} %", "", "")
+    return table
+
+
+def _devices(report: Report) -> Table:
+    table = Table("device", box=None, pad_edge=False)
+    for title in ("samples", "batches", "device fps", "busy", "compute ms", "p99"):
+        table.add_column(title, justify="right")
+    for line in report["devices"]:
+        table.add_row(
+            line["device"],
+            str(line["samples"]),
+            str(line["batches"]),
+            _number(line["fps"]),
+            "-" if line["busy"] is None else f"{100 * line['busy']:.1f} %",
+            _number(line["compute_ms"]),
+            _number(line["compute_p99_ms"]),
+        )
+    return table
+
+
+def _failures(report: Report, console: Console) -> None:
+    lost = {kind: count for kind, count in report["attempts"].items() if kind not in ("won", "running", "assigned")}
+    if lost:
+        listing = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
+        console.print(f"attempts done again: {listing}", highlight=False)
+    failed = report["failed"]
+    for sample in failed[:NAMED]:
+        console.print(f"failed  {sample['name']}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)
+    if len(failed) > NAMED:
+        console.print(f"failed  and {len(failed) - NAMED} more: farm report {report['job']} --json", highlight=False)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,165 @@
+"""
+The farm of one machine, as its users meet it: join the one that is up, or have one for as long as one waits.
+
+Three files in the farm's run directory carry it: `farm.lock`, held by the host process (`tasks.local_host`);
+`farm.json`, which says who that is; `waiters.lock`, shared by all who wait. The kernel drops a lock with its process,
+whatever ended it, so nobody needs to be told of a death.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+from farm.errors import FarmError, UsageError
+from farm.settings import Settings, make_home
+
+#: A host that is not up by then has said why in its log.
+START_S = 20.0
+
+
+def lock_path(settings: Settings) -> Path:
+    return settings.run_dir / "farm.lock"
+
+
+def info_path(settings: Settings) -> Path:
+    return settings.run_dir / "farm.json"
+
+
+def waiters_path(settings: Settings) -> Path:
+    return settings.run_dir / "waiters.lock"
+
+
+def log_path(settings: Settings) -> Path:
+    return settings.log_dir / "farm.log"
+
+
+def is_up(settings: Settings) -> bool:
+    """Whether a local farm's host process lives."""
+    return _is_locked(lock_path(settings), fcntl.LOCK_SH)
+
+
+def has_waiters(settings: Settings) -> bool:
+    return _is_locked(waiters_path(settings), fcntl.LOCK_EX)
+
+
+@contextmanager
+def joined(settings: Settings) -> Iterator[Callable[[], None]]:
+    """
+    A farm is up inside: the one that was, or an ephemeral one that ends with its last waiter.
+
+    Gives a function to call now and then: it starts another farm when the one that was joined has gone. Leaving
+    waits until the ephemeral farm is down, unless others wait for it too.
+    """
+    if not settings.is_embedded:
+        yield lambda: None
+        return
+    make_home(settings)
+    with waiters_path(settings).open("a") as waiting:
+        fcntl.flock(waiting, fcntl.LOCK_SH)
+        ensure(settings)
+        try:
+            yield lambda: ensure(settings)
+        finally:
+            fcntl.flock(waiting, fcntl.LOCK_UN)
+            if is_ephemeral(settings):
+                _wait_for(lambda: not is_up(settings) or has_waiters(settings), 10.0)
+
+
+def ensure(settings: Settings, *, ephemeral: bool = True) -> None:
+    """Start a host process if there is none. It runs in a session of its own: Ctrl-C here is not meant for it."""
+    if is_up(settings):
+        return
+    make_home(settings)
+    command = [sys.executable, "-m", "tasks.local_host", *(["--ephemeral"] if ephemeral else [])]
+    with log_path(settings).open("ab") as log:
+        host = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=settings.run_dir,  # python -m looks there first, and a user's folder may well hold a tasks/ of its own
+        )
+    if not _wait_for(lambda: is_up(settings) or host.poll() is not None, START_S) or not is_up(settings):
+        raise FarmError(f"the local farm did not start: see {log_path(settings)}")
+
+
+def stay(settings: Settings) -> None:
+    """Have a farm that outlives its waiters: a new one, or the ephemeral one from now on."""
+    ensure(settings, ephemeral=False)
+    with suppress(ProcessLookupError):
+        os.kill(host_pid(settings), signal.SIGUSR1)
+
+
+def nudge(settings: Settings) -> None:
+    """Have a farm that is up look at the database now."""
+    if is_up(settings):
+        with suppress(ProcessLookupError):
+            os.kill(host_pid(settings), signal.SIGUSR2)
+
+
+def stop(settings: Settings, timeout_s: float) -> None:
+    """End the farm after its running shards; `UsageError` when none is up."""
+    if not is_up(settings):
+        raise UsageError(f"no local farm is up in {settings.home}")
+    with suppress(ProcessLookupError):
+        os.kill(host_pid(settings), signal.SIGTERM)
+    if not _wait_for(lambda: not is_up(settings), timeout_s):
+        raise FarmError(f"the local farm did not end within {timeout_s:.0f} s: see {log_path(settings)}")
+
+
+def host_pid(settings: Settings) -> int:
+    """The host process of a farm that is up."""
+    if not _wait_for(lambda: "pid" in _info(settings), 2.0):
+        raise FarmError(f"{info_path(settings)} does not say who hosts the farm; end its process by hand")
+    return int(_info(settings)["pid"])
+
+
+def is_ephemeral(settings: Settings) -> bool:
+    return bool(_info(settings).get("ephemeral", True))
+
+
+def write_info(settings: Settings, *, ephemeral: bool) -> None:
+    """Say who hosts; only the holder of the farm's lock may."""
+    partial = info_path(settings).with_suffix(".tmp")
+    partial.write_text(json.dumps({"pid": os.getpid(), "ephemeral": ephemeral}))
+    os.replace(partial, info_path(settings))
+
+
+def _info(settings: Settings) -> dict[str, Any]:
+    try:
+        found = json.loads(info_path(settings).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_locked(path: Path, kind: int) -> bool:
+    """Whether somebody holds a lock that `kind` cannot be had beside."""
+    try:
+        with path.open("a") as file:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _wait_for(condition: Callable[[], bool], timeout_s: float) -> bool:
+    deadline = monotonic() + timeout_s
+    while not condition():
+        if monotonic() > deadline:
+            return False
+        sleep(0.02)
+    return True

@@ -1,0 +1,144 @@
+"""
+The process that hosts a local farm: broker, one worker a device, and the coordinator's tick.
+
+    python -m tasks.local_host [--ephemeral]
+
+An ephemeral one ends when nobody waits any more; SIGUSR1 makes it stay, SIGUSR2 makes it look at the
+database now, SIGTERM ends it. Its children die with it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import signal
+import sys
+import threading
+from time import monotonic, sleep
+from typing import TextIO
+
+from farm.errors import FarmError, StorageError
+from farm.settings import Settings, load_settings, make_home
+from tasks import local
+from workers import broker, supervisor
+from workers.devices import discover
+from workers.supervisor import Child
+
+POLL_S = 0.1
+#: An ephemeral farm's end is awaited by somebody: what has not ended by then is killed, and taken up again later.
+EPHEMERAL_GRACE_S, GRACE_S = 2.5, 30.0
+#: Ticks: short while they find something to do, long while they do not.
+BUSY_TICK_S, IDLE_TICK_S = 0.2, 1.0
+
+log = logging.getLogger(__name__)
+
+
+class LocalHost:
+    """Children, tick and the reasons to end."""
+
+    def __init__(self, settings: Settings, *, ephemeral: bool) -> None:
+        self._settings = settings
+        self._ephemeral = ephemeral
+        self._told_to_stop = False
+        self._ended = False
+        self._wake = threading.Event()
+
+    def run(self) -> None:
+        settings = self._settings
+        signal.signal(signal.SIGTERM, self._stop)
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGUSR1, self._stay)
+        signal.signal(signal.SIGUSR2, self._look)
+        local.write_info(settings, ephemeral=self._ephemeral)  # from now on signals may come
+        children = [broker.child(settings), *(_worker(settings, d.name, d.index) for d in discover(settings))]
+        ticking = threading.Thread(target=self._tick, daemon=True)
+        try:
+            while not self._over():
+                for child in children:
+                    child.watch()
+                if not ticking.is_alive():
+                    ticking.start()
+                sleep(POLL_S)
+        finally:
+            self._ended = True
+            self._wake.set()
+            # Workers first: they hand back what waits, which needs the database and no broker.
+            supervisor.stop(children[1:], EPHEMERAL_GRACE_S if self._ephemeral else GRACE_S)
+            supervisor.stop(children[:1], 1.0)
+            broker.clean_up(settings)
+
+    def _over(self) -> bool:
+        return self._told_to_stop or (self._ephemeral and not local.has_waiters(self._settings))
+
+    def _stop(self, *_: object) -> None:
+        self._told_to_stop = True
+
+    def _stay(self, *_: object) -> None:
+        self._ephemeral = False
+        local.write_info(self._settings, ephemeral=False)
+
+    def _look(self, *_: object) -> None:
+        self._wake.set()
+
+    def _tick(self) -> None:
+        """The coordinator. Imports late: the children start sooner so."""
+        from db.engine import open_database
+        from tasks.app import make_app
+        from tasks.coordinator import tick
+
+        app = make_app(broker.url(self._settings))
+        database = None
+        while not self._ended:
+            self._wake.clear()
+            changes = 0
+            try:
+                database = database or open_database(self._settings)
+                changes = tick(database, app, self._settings)
+            except StorageError as exc:
+                log.warning("%s", exc)
+            except Exception:
+                log.exception("the tick failed; it goes on")
+            self._wake.wait(BUSY_TICK_S if changes else IDLE_TICK_S)
+
+
+def _worker(settings: Settings, name: str, index: int) -> Child:
+    log_file = settings.log_dir / f"worker-{index}.log"
+    # One core a device: a numeric library's own threads would only get in its way.
+    env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    return Child(name=name, command=[sys.executable, "-m", "tasks.worker", name], log_file=log_file, env=env)
+
+
+def _take_lock(settings: Settings) -> TextIO | None:
+    """The farm's lock, or None when another host has it. Whoever only looks holds it for a moment: try again."""
+    file = local.lock_path(settings).open("a")
+    deadline = monotonic() + 0.5
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if monotonic() > deadline:
+                file.close()
+                return None
+            sleep(0.01)
+        else:
+            return file
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        settings = load_settings()
+        make_home(settings)
+        lock = _take_lock(settings)
+        if lock is None:
+            return 0
+        with lock:
+            LocalHost(settings, ephemeral="--ephemeral" in sys.argv).run()
+    except FarmError as exc:
+        log.error("%s", exc)
+        return exc.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

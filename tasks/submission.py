@@ -1,0 +1,135 @@
+"""From what a user asked to a job in the database."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from db import devices, jobs, results
+from db.engine import Database
+from farm import artifacts, sharding, zoo
+from farm.data import manifest
+from farm.errors import DataError, UsageError
+from farm.jobs import Job, JobSpec
+from farm.settings import Settings
+from farm.versions import versions
+from workers.devices import discover
+
+#: Samples a second of a CPU slot before anything was measured.
+UNKNOWN_FPS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a user asked for."""
+
+    model: str
+    bs: int
+    limit: int | None = None
+    devices: tuple[str, ...] = ()
+    artifact: str | None = None
+    backend: str | None = None
+    allow_failed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A job that could be submitted."""
+
+    spec: JobSpec
+    shards: Sequence[tuple[int, int]]
+    device_names: tuple[str, ...]  #: that would serve it now
+    device_fps: float  #: expected of one device
+    bin_bytes: int
+
+    @property
+    def expected_s(self) -> float:
+        return self.spec.samples / (self.device_fps * max(1, len(self.device_names)))
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model": self.spec.model,
+            "bs": self.spec.bs,
+            "backend": self.spec.artifact.backend,
+            "artifact": self.spec.artifact.sha256,
+            "samples": self.spec.samples,
+            "shards": len(self.shards),
+            "devices": list(self.device_names),
+            "bytes": self.bin_bytes,
+            "device_fps": round(self.device_fps, 2),
+            "expected_s": round(self.expected_s, 1),
+        }
+
+
+def plan(settings: Settings, database: Database, request: Request) -> Plan:
+    """What the job would be. `UsageError` or `DataError` says what is missing and how to get it."""
+    spec = zoo.get(request.model)
+    if request.bs < 1:
+        raise UsageError(f"--bs {request.bs}: a batch size is 1 or more")
+    artifact = artifacts.choose(settings.data_dir, spec, request.bs, backend=request.backend, wanted=request.artifact)
+    directory = manifest.bins_dir(settings.data_dir, spec.recipe, spec.input.dtype)
+    try:
+        data = manifest.read(directory)
+    except DataError as exc:
+        hint = f"farm prepare {spec.name} --images DIR --labels val_label.txt"
+        raise DataError(f"{exc} ({hint})" if "run farm prepare" in str(exc) else str(exc)) from exc
+    samples = len(data.samples) if request.limit is None else min(request.limit, len(data.samples))
+    if samples < 1:
+        raise UsageError(f"nothing to evaluate: --limit {request.limit}, {len(data.samples)} samples in {directory}")
+    names = _device_names(settings, database, request, artifact.backend)
+    with database.read() as conn:
+        measured = results.device_fps(conn, artifact.sha256)
+    fps = measured or (UNKNOWN_FPS if artifact.backend == "ort" else spec.reference_fps.get(request.bs, UNKNOWN_FPS))
+    return Plan(
+        spec=JobSpec(
+            model=spec.name,
+            bs=request.bs,
+            artifact=artifact,
+            dataset=spec.dataset,
+            recipe=spec.recipe,
+            dtype=spec.input.dtype,
+            manifest_digest=data.digest,
+            samples=samples,
+            devices=request.devices,
+            allow_failed=request.allow_failed,
+            provenance={
+                "versions": versions(),
+                "manifest": data.digest,
+                "recipe": spec.recipe,
+                "recipe_digest": data.header.recipe_digest,
+            },
+        ),
+        shards=sharding.cut(samples, request.bs, per_shard=int(settings.shard_s * fps), devices=max(1, len(names))),
+        device_names=names,
+        device_fps=fps,
+        bin_bytes=samples * spec.input.nbytes,
+    )
+
+
+def submit(database: Database, planned: Plan) -> Job:
+    """Write the job and its shards."""
+    with database.write() as conn:
+        return jobs.create(conn, database, planned.spec, planned.shards)
+
+
+def _device_names(settings: Settings, database: Database, request: Request, backend: str) -> tuple[str, ...]:
+    """The devices that would serve a job; `UsageError` for a name nobody knows."""
+    with database.read() as conn:
+        registered = devices.everything(conn)
+        up = devices.live(conn, database, settings.lease_s)
+    local = discover(settings) if settings.is_embedded else []
+    known = sorted({d.name for d in registered} | {d.name for d in local})
+    unknown = [name for name in request.devices if name not in known]
+    if unknown:
+        raise UsageError(f"unknown device {', '.join(unknown)}: the farm knows {', '.join(known) or 'none yet'}")
+    serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in local if backend in d.backends}
+    chosen = sorted(serving.intersection(request.devices) if request.devices else serving, key=_by_host_and_index)
+    if not chosen:
+        raise UsageError(f"no device serves backend {backend}: the farm knows {', '.join(known) or 'none yet'}")
+    return tuple(chosen)
+
+
+def _by_host_and_index(name: str) -> tuple[str, int]:
+    host, index = name.rsplit(":", 1)
+    return host, int(index)

@@ -1,0 +1,102 @@
+"""
+The process that owns a device: it loads a model and runs batches where they lie, in the worker's shared ring.
+
+Apart because a vendor's call may hold Python's GIL, hang, leak or abort. Speaks JSON messages over a SOCK_SEQPACKET
+socket (``op``: load, run; answers: ready, loaded, refused, done, error); tensors never pass through it.
+
+    python -m workers.device_process PARENT_PID SOCKET_FD
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+MESSAGE_BYTES = 1 << 16
+
+
+def main() -> None:
+    parent, descriptor = int(sys.argv[1]), int(sys.argv[2])
+    from workers.leash import die_with_parent
+
+    die_with_parent(parent)
+    # The terminal's Ctrl-C is the worker's business; it closes the socket when the time has come.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=descriptor) as link:
+        _preload()
+        _send(link, {"op": "ready"})
+        _serve(link)
+
+
+def _preload() -> None:
+    """Import what every load needs while the worker is still starting itself."""
+    import numpy  # noqa: F401
+
+    import workers.backends.base  # noqa: F401
+
+
+def _serve(link: socket.socket) -> None:
+    from farm.errors import FarmError
+
+    model: _Model | None = None
+    while True:
+        data, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 1)
+        if not data:
+            break  # the worker is done with us
+        message = json.loads(data)
+        try:
+            if message["op"] == "load":
+                if model is not None:
+                    model.close()
+                    model = None
+                model = _Model(message["load"], fds[0], message["bytes"])
+                _send(link, {"op": "loaded"})
+            elif model is not None:
+                times = model.run(message["in"], message["out"])
+                _send(link, {"op": "done", "batch": message["batch"], "ms": times})
+        except FarmError as exc:
+            answer = "refused" if message["op"] == "load" else "error"
+            _send(link, {"op": answer, "error": type(exc).__name__, "text": str(exc), "batch": message.get("batch")})
+    if model is not None:
+        model.close()
+
+
+class _Model:
+    """A loaded backend and its view of the ring."""
+
+    def __init__(self, load: Mapping[str, Any], ring_fd: int, ring_bytes: int) -> None:
+        from workers.backends import open_backend
+        from workers.backends.base import Load, TensorSpec
+
+        try:
+            self._ring = mmap.mmap(ring_fd, ring_bytes)
+        finally:
+            os.close(ring_fd)
+        self._input, self._output = (
+            TensorSpec(**{**load[role], "shape": tuple(load[role]["shape"])}) for role in ("input", "output")
+        )
+        self._backend = open_backend(Load(**{**load, "input": self._input, "output": self._output}))
+
+    def run(self, input_offset: int, output_offset: int) -> tuple[float, float, float]:
+        from workers.ring import view
+
+        batch = view(self._ring, input_offset, self._input)
+        out = view(self._ring, output_offset, self._output)
+        return self._backend.infer(batch, out)
+
+    def close(self) -> None:
+        self._backend.close()
+
+
+def _send(link: socket.socket, message: Mapping[str, Any]) -> None:
+    link.send(json.dumps(message).encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,441 @@
+"""
+Reader, device and post-processing at once, over one ring.
+
+Three threads pass batches on: the reader fills input buffers, the device thread keeps two batches at the device
+process, post-processing turns outputs into rows. `run` evaluates one shard; `read_ahead` lets the next shard's
+batches follow without a gap while the first is being committed. A batch that breaks the device process breaks its own
+shard only: the others' batches are sent again to the next process.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic, perf_counter
+
+from farm.data.manifest import Sample
+from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError
+from farm.jobs import Budget, ResultState, SampleResult, ShardResult
+from workers.backends.base import Load, Times
+from workers.device import DeviceProcess
+from workers.postprocess import classify
+from workers.reader import read_bin
+from workers.ring import Buffer, Ring
+
+#: Batches at the device process: one running, one waiting.
+DEPTH = 2
+#: A batch may take so many times the usual, and never less than the configured deadline.
+PATIENCE = 20.0
+#: The first batch after a load may compile, allocate and warm up.
+FIRST_PATIENCE = 4.0
+#: How long a closing pipeline lets the device finish the batches it has.
+CLOSE_S = 3.0
+
+log = logging.getLogger(__name__)
+
+
+class NonFinite(DeviceError):
+    """Scores that are no numbers: to be seen on another device before the sample is blamed."""
+
+
+class Aborted(FarmError):
+    """The attempt is not live any more; its work was dropped."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One attempt, as the pipeline needs it."""
+
+    attempt_id: int
+    load: Load
+    directory: Path  #: of the bins
+    samples: Sequence[Sample]
+    isolating: bool = False
+    non_finite_before: bool = False
+
+    @property
+    def bs(self) -> int:
+        return self.load.input.shape[0]
+
+
+@dataclass(eq=False)
+class _Run:
+    """A plan under way."""
+
+    plan: Plan
+    rows: dict[str, SampleResult] = field(default_factory=dict)
+    batch_ms: list[Times] = field(default_factory=list)
+    read_ms: float = 0.0
+    wait_ms: float = 0.0
+    post_ms: float = 0.0
+    load_ms: float = 0.0
+    open_batches: int = 0
+    error: FarmError | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def fail_sample(self, sample: Sample, reason: str) -> None:
+        self.rows[sample.name] = SampleResult(
+            name=sample.name, state=ResultState.FAILED, label=sample.label, reason=reason
+        )
+
+    def result(self) -> ShardResult:
+        device_ms = sum(sum(times) for times in self.batch_ms)
+        return ShardResult(
+            samples=[self.rows[sample.name] for sample in self.plan.samples],
+            batch_ms=self.batch_ms,
+            budget=Budget(
+                read_ms=self.read_ms,
+                wait_ms=self.wait_ms,
+                device_ms=device_ms,
+                post_ms=self.post_ms,
+                load_ms=self.load_ms,
+            ),
+        )
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Samples at fixed places of a batch; places that are not `active` hold padding."""
+
+    run: _Run
+    samples: Sequence[Sample]
+    active: list[int]
+    given: Buffer | None = None
+    wanted: Buffer | None = None
+    ready_at: float = 0.0
+    times: Times | None = None
+
+
+class Pipeline:
+    """The threads and the ring of one device. `run` and `read_ahead` are for one caller thread."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.device = DeviceProcess()
+        self._deadline_s = deadline_s
+        self._change = threading.Condition()
+        # All below is guarded by `_change`.
+        self._load: Load | None = None
+        self._ring: Ring | None = None
+        self._runs: dict[int, _Run] = {}
+        self._todo: deque[_Batch] = deque()
+        self._ready: deque[_Batch] = deque()
+        self._sent: deque[_Batch] = deque()
+        self._done: deque[_Batch] = deque()
+        self._free_in: list[Buffer] = []
+        self._free_out: list[Buffer] = []
+        self._in_hand = 0  #: batches that a thread works on outside the lock
+        self._recent_ms: deque[float] = deque(maxlen=32)
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
+            for name, work in (("reader", self._read), ("device", self._drive), ("post", self._post))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, plan: Plan) -> ShardResult:
+        """
+        Evaluate a shard; every sample of it is in the result, scored or failed.
+
+        Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `JobError`, or `Aborted`.
+        """
+        with self._change:
+            run = self._begin(plan)
+        try:
+            run.ended.wait()
+        finally:
+            with self._change:
+                self._runs.pop(plan.attempt_id, None)
+        if run.error is not None:
+            raise run.error
+        return run.result()
+
+    def read_ahead(self, plan: Plan) -> None:
+        """Begin with a shard, or let it follow those under way; `run` will pick it up."""
+        with self._change:
+            self._begin(plan)
+
+    def attempts(self) -> frozenset[int]:
+        """Those under way."""
+        with self._change:
+            return frozenset(self._runs)
+
+    def drop(self, attempts: Collection[int]) -> None:
+        """Stop working for attempts that may not write any more."""
+        with self._change:
+            for attempt_id in attempts:
+                if run := self._runs.pop(attempt_id, None):
+                    self._fail(run, Aborted("the attempt was taken away"))
+
+    def close(self) -> None:
+        """Stop the threads and the device process. Runs under way are aborted."""
+        with self._change:
+            self._closing = True
+            for run in self._runs.values():
+                self._fail(run, Aborted("the worker is leaving"))
+            self._change.notify_all()
+        for thread in self._threads:
+            thread.join(CLOSE_S)
+        self.device.close()
+
+    # -- under the lock ------------------------------------------------------------------------------------------
+
+    def _begin(self, plan: Plan) -> _Run:
+        if plan.attempt_id in self._runs:
+            return self._runs[plan.attempt_id]
+        run = self._runs[plan.attempt_id] = _Run(plan)
+        batches = [plan.samples[i : i + plan.bs] for i in range(0, len(plan.samples), plan.bs)]
+        run.open_batches = len(batches)
+        self._todo.extend(_Batch(run, samples, list(range(len(samples)))) for samples in batches)
+        self._change.notify_all()
+        return run
+
+    def _fail(self, run: _Run, error: FarmError) -> None:
+        if not run.ended.is_set():
+            run.error = error
+            run.ended.set()
+        self._todo = deque(b for b in self._todo if b.run is not run)
+        for batch in [b for b in self._ready if b.run is run]:
+            self._ready.remove(batch)
+            self._release(batch)
+        self._change.notify_all()
+
+    def _release(self, batch: _Batch) -> None:
+        if batch.given is not None:
+            self._free_in.append(batch.given)
+        if batch.wanted is not None:
+            self._free_out.append(batch.wanted)
+        batch.given = batch.wanted = None
+        self._change.notify_all()
+
+    def _finish(self, batch: _Batch) -> None:
+        run = batch.run
+        run.open_batches -= 1
+        if run.open_batches == 0:
+            run.ended.set()
+
+    # -- the threads ---------------------------------------------------------------------------------------------
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        """A thread that breaks ends every run with its error rather than leaving them waiting."""
+        while not self._closing:
+            try:
+                work()
+            except Exception as exc:
+                log.exception("pipeline thread failed")
+                with self._change:
+                    error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
+                    for run in self._runs.values():
+                        self._fail(run, error)
+
+    def _read(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closing or (self._todo and self._readable()))
+                if self._closing:
+                    return
+                batch = self._todo.popleft()
+                batch.given = self._free_in.pop()
+                self._in_hand += 1
+            began = perf_counter()
+            try:
+                self._fill(batch)
+            finally:
+                with self._change:
+                    self._in_hand -= 1
+            with self._change:
+                batch.run.read_ms += 1000 * (perf_counter() - began)
+                batch.ready_at = monotonic()
+                if batch.run.error is not None:
+                    self._release(batch)
+                elif batch.active:
+                    self._ready.append(batch)
+                else:
+                    self._release(batch)
+                    self._finish(batch)
+                self._change.notify_all()
+
+    def _readable(self) -> bool:
+        return self._load == self._todo[0].run.plan.load and bool(self._free_in)
+
+    def _fill(self, batch: _Batch) -> None:
+        assert batch.given is not None
+        array = batch.given.array
+        for place in range(len(array)):
+            if place in batch.active:
+                sample = batch.samples[place]
+                try:
+                    read_bin(batch.run.plan.directory, sample, array[place])
+                    continue
+                except DataError as exc:
+                    batch.run.fail_sample(sample, str(exc))
+                    batch.active.remove(place)
+            array[place] = 0
+
+    def _drive(self) -> None:
+        head_since = monotonic()
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closing or self._sent or self._sendable() or self._loadable())
+                if self._closing and not self._sent:
+                    return
+                wanted = self._todo[0].run if self._loadable() else None
+                batch = self._take_ready() if wanted is None and self._sendable() else None
+            try:
+                if wanted is not None:
+                    self._switch(wanted)
+                elif batch is not None:
+                    if len(self._sent) == 1:
+                        head_since = monotonic()
+                    self._send(batch)
+                else:
+                    self._receive(head_since)
+                    head_since = monotonic()
+            except FarmError as exc:
+                self._broken(exc)
+                head_since = monotonic()
+
+    def _sendable(self) -> bool:
+        return bool(self._ready and self._free_out) and len(self._sent) < DEPTH and not self._closing
+
+    def _loadable(self) -> bool:
+        idle = not (self._ready or self._sent or self._done or self._in_hand)
+        return bool(self._todo) and idle and self._load != self._todo[0].run.plan.load and not self._closing
+
+    def _take_ready(self) -> _Batch:
+        batch = self._ready.popleft()
+        batch.wanted = self._free_out.pop()
+        self._sent.append(batch)
+        return batch
+
+    def _send(self, batch: _Batch) -> None:
+        assert batch.given is not None
+        assert batch.wanted is not None
+        self.device.send(id(batch), batch.given, batch.wanted)
+
+    def _receive(self, head_since: float) -> None:
+        number, times = self.device.finished(head_since + self._patience())
+        with self._change:
+            batch = self._sent.popleft()
+            if id(batch) != number:
+                raise DeviceError("the device process answered out of turn")
+            batch.times = times
+            device_ms = sum(times)
+            self._recent_ms.append(device_ms)
+            batch.run.batch_ms.append(times)
+            batch.run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
+            self._done.append(batch)
+            self._change.notify_all()
+
+    def _patience(self) -> float:
+        if not self._recent_ms:
+            return self._deadline_s * FIRST_PATIENCE
+        return max(self._deadline_s, PATIENCE * statistics.median(self._recent_ms) / 1000)
+
+    def _switch(self, run: _Run) -> None:
+        """Load the model of the next batch; nothing is under way."""
+        began = perf_counter()
+        ring = Ring(run.plan.load.input, run.plan.load.output)
+        try:
+            self.device.load(run.plan.load, ring)
+        except FarmError as exc:
+            ring.close()
+            with self._change:
+                self._load = None
+                self._fail(run, exc)
+            return
+        with self._change:
+            if self._ring is not None:
+                self._ring.close()
+            self._ring, self._load = ring, run.plan.load
+            self._free_in, self._free_out = list(ring.inputs), list(ring.outputs)
+            self._recent_ms.clear()
+            run.load_ms += 1000 * (perf_counter() - began)
+            self._change.notify_all()
+
+    def _broken(self, error: FarmError) -> None:
+        """Blame the batch that was on the device; give the others to the next process."""
+        log.warning("device process %s: %s", self.device.pid, error)
+        process_ended = isinstance(error, (DeviceCrashed, DeviceHung))
+        with self._change:
+            culprit = self._sent.popleft() if self._sent else None
+            if culprit is not None:
+                self._blame(culprit, error, process_ended)
+            survivors = list(self._sent)
+            self._sent.clear()
+            for batch in survivors:
+                if batch.wanted is not None:
+                    self._free_out.append(batch.wanted)
+                    batch.wanted = None
+            for batch in reversed(survivors):
+                if batch.run.error is None:
+                    self._ready.appendleft(batch)
+                else:
+                    self._release(batch)
+            load, ring = self._load, self._ring
+        if load is None or ring is None:
+            return
+        try:
+            if not process_ended:
+                self.device.kill()  # what it was sent after the failed batch must not answer later
+            self.device.load(load, ring)
+            with self._change:
+                self._recent_ms.clear()
+        except FarmError as exc:
+            with self._change:
+                self._load = None
+                for run in list(self._runs.values()):
+                    self._fail(run, exc)
+
+    def _blame(self, batch: _Batch, error: FarmError, process_ended: bool) -> None:
+        run = batch.run
+        self._release(batch)
+        if run.error is not None:
+            return
+        if not (run.plan.isolating and process_ended):
+            names = ", ".join(batch.samples[place].name for place in batch.active)
+            self._fail(run, type(error)(f"{error} (batch of {names})"))
+        elif len(batch.active) == 1:
+            run.fail_sample(batch.samples[batch.active[0]], f"breaks the device process: {error}")
+            self._finish(batch)
+        else:
+            half = len(batch.active) // 2
+            parts = [_Batch(run, batch.samples, part) for part in (batch.active[:half], batch.active[half:])]
+            run.open_batches += 1
+            self._todo.extendleft(reversed(parts))
+            self._change.notify_all()
+
+    def _post(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._closing or self._done)
+                if self._closing:
+                    return
+                batch = self._done.popleft()
+                self._in_hand += 1
+            began = perf_counter()
+            assert batch.wanted is not None
+            samples = [batch.samples[place] for place in batch.active]
+            try:
+                rows, bad = classify(batch.wanted.array[batch.active], samples)
+            finally:
+                with self._change:
+                    self._in_hand -= 1
+                    self._release(batch)
+            with self._change:
+                run = batch.run
+                run.post_ms += 1000 * (perf_counter() - began)
+                run.rows.update((row.name, row) for row in rows)
+                if bad and run.plan.non_finite_before:
+                    for sample in bad:
+                        run.fail_sample(sample, "its scores are not finite numbers, on two attempts")
+                elif bad:
+                    names = ", ".join(sample.name for sample in bad)
+                    self._fail(run, NonFinite(f"scores of {names} are not finite numbers"))
+                if run.error is None:
+                    self._finish(batch)

@@ -1,0 +1,43 @@
+"""Reading bins: straight into the ring, and believed only when size and hash are the manifest's."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import xxhash
+
+from farm.data.manifest import UNPREPARED, Sample, bin_path
+from farm.errors import DataError
+from workers.backends.base import Array
+
+
+def read_bin(directory: Path, sample: Sample, out: Array) -> None:
+    """Fill `out` with a sample's bytes. `DataError` says why a sample cannot be used; `out` is then arbitrary."""
+    if sample.xxh3 == UNPREPARED:
+        raise DataError(f"was not prepared: {sample.problem}")
+    path = bin_path(directory, sample.name)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}. Run farm prepare again.") from exc
+    try:
+        size = os.fstat(descriptor).st_size
+        if size != out.nbytes:
+            raise DataError(f"{path} has {size} bytes, expected {out.nbytes}. Run farm prepare again.")
+        target, done = out.data.cast("B"), 0
+        while done < out.nbytes:
+            got = os.preadv(descriptor, [target[done:]], done)
+            if got == 0:
+                raise DataError(f"{path} ended at byte {done} while it was read")
+            done += got
+    except OSError as exc:
+        raise DataError(f"{path}: {exc.strerror}") from exc
+    finally:
+        os.close(descriptor)
+    found = xxhash.xxh3_64_hexdigest(target)
+    if found != sample.xxh3:
+        raise DataError(
+            f"{path} was altered after it was prepared: xxh3 {found}, the manifest says {sample.xxh3}. "
+            "Run farm prepare again."
+        )
