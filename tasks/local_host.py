@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import signal
 import sys
 import threading
 from time import monotonic, sleep
-from typing import TextIO
 
 from farm.errors import FarmError, StorageError
 from farm.settings import Settings, load_settings, make_home
@@ -108,32 +108,35 @@ def _worker(settings: Settings, name: str, index: int) -> Child:
     return Child(name=name, command=[sys.executable, "-m", "tasks.worker", name], log_file=log_file, env=env)
 
 
-def _take_lock(settings: Settings) -> TextIO | None:
-    """The farm's lock, or None when another host has it. Whoever only looks holds it for a moment: try again."""
-    file = local.lock_path(settings).open("a")
+def _take_lock(settings: Settings) -> bool:
+    """
+    Take the farm's lock for as long as this process lives; False when another host has it.
+
+    The descriptor is never closed: that the lock is free shall mean that the process is gone. Whoever only looks
+    holds the lock for a moment, so try again.
+    """
+    descriptor = os.open(local.lock_path(settings), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     deadline = monotonic() + 0.5
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if monotonic() > deadline:
-                file.close()
-                return None
+                return False
             sleep(0.01)
         else:
-            return file
+            return True
 
 
 def main() -> int:
+    """Host a farm until it is over."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = load_settings()
         make_home(settings)
-        lock = _take_lock(settings)
-        if lock is None:
+        if not _take_lock(settings):
             return 0
-        with lock:
-            LocalHost(settings, ephemeral="--ephemeral" in sys.argv).run()
+        LocalHost(settings, ephemeral="--ephemeral" in sys.argv).run()
     except FarmError as exc:
         log.error("%s", exc)
         return exc.exit_code

@@ -23,7 +23,7 @@ MESSAGE_BYTES = 1 << 16
 
 def main() -> None:
     parent, descriptor = int(sys.argv[1]), int(sys.argv[2])
-    from workers.leash import die_with_parent
+    from farm.leash import die_with_parent
 
     die_with_parent(parent)
     # The terminal's Ctrl-C is the worker's business; it closes the socket when the time has come.

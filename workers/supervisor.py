@@ -17,8 +17,8 @@ from pathlib import Path
 from time import monotonic
 
 #: A child that lived so long gets its next start at once.
-STEADY_S = 10.0
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 15.0
+STEADY_S = 3.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Child:
             self._process.wait()
 
     def _start(self, now: float) -> None:
-        leash = [sys.executable, "-m", "workers.leash", str(os.getpid())]
+        leash = [sys.executable, "-m", "farm.leash", str(os.getpid())]
         with self.log_file.open("ab") as output:
             self._process = subprocess.Popen(
                 [*leash, *self.command],

@@ -136,11 +136,11 @@ def _name_failures(prepared: Prepared) -> None:
 
 
 def _summary(model: str, prepared: Prepared) -> str:
-    per_s = prepared.done / prepared.seconds
+    pace = f", {prepared.done / prepared.seconds:.0f} images/s" if prepared.done else ""
     return (
         f"{model}: {len(prepared.manifest.samples)} samples in {prepared.directory}: {prepared.done} made, "
         f"{prepared.reused} were there, {prepared.failed} failed "
-        f"({prepared.seconds:.1f} s, {per_s:.0f} images/s)\nmanifest {prepared.manifest.digest}"
+        f"({prepared.seconds:.1f} s{pace})\nmanifest {prepared.manifest.digest}"
     )
 
 

@@ -1,5 +1,291 @@
-"""farm demo: the main job on real photographs, with the right answer known beforehand."""
+"""``farm demo``: the main job on real photographs, by the commands a user types, with the right answer known before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from farm.cli.arguments import batch_sizes
+from farm.errors import FarmError
+
+if TYPE_CHECKING:
+    from farm.demo import Home, Input, Outcome, Progress, Truth
+
+#: Exit codes of a command after which there is something to compare.
+DONE, WITH_ERRORS, DETACHED = 0, 3, 130
+
+#: Without these the commands use what comes with the farm.
+CONFIGURED = ("FARM_DATA", "FARM_BROKER_URL", "FARM_DATABASE_URL")
+
+#: An interrupted submit takes its farm down, which takes about 4 s.
+ENDS_WITHIN_S = 8.0
 
 
-def demo() -> None:
-    """Run the main job on a small dataset whose accuracy is known beforehand."""
+def demo(
+    bs: Annotated[str, typer.Option(help="Batch size, or several: a job each.")] = "4",
+    count: Annotated[int, typer.Option(min=10, max=50_000, help="Photographs.")] = 256,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
+) -> None:
+    """
+    Prepare, export and submit on real photographs, and compare with an accuracy that is known beforehand.
+
+    Works in FARM_HOME/demo, a farm home of its own. Exit codes: 0 all is as expected, 1 it is not, 2 usage.
+    """
+    from farm.demo import Home
+    from farm.settings import load_settings
+
+    sizes = batch_sizes(bs)
+    home = Home(load_settings().home / "demo")
+    shell = _Shell(home=home, out=sys.stderr if as_json else sys.stdout)
+    try:
+        with home.claimed():
+            made = _input(shell, count)
+            jobs = _run(shell, sizes)
+    except KeyboardInterrupt:
+        print("the demo was stopped; farm demo begins again", file=sys.stderr)
+        raise
+    expected = made.truth.outcome
+    if as_json:
+        print(json.dumps(_as_json(shell, made, jobs), indent=2))
+    else:
+        _show(shell, expected, jobs)
+    if wrong := [f"{job}: {_difference(expected, job.outcome)}" for job in jobs if job.outcome != expected]:
+        raise FarmError(
+            f"the farm did not find what was planted. {'; '.join(wrong)}. "
+            f"If nobody touched {home.root}, the farm is wrong; without that directory the demo begins afresh."
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """A job that ran, and what it came to."""
+
+    number: int
+    bs: int
+    outcome: Outcome
+    digest: str | None
+
+    def __str__(self) -> str:
+        return f"job {self.number} (bs {self.bs})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shell:
+    """Runs the installed `farm` in the demo's home, and shows it as a terminal would."""
+
+    home: Home
+    out: TextIO
+    seconds: dict[str, float] = field(default_factory=dict)  #: by what took them
+
+    def say(self, line: str = "") -> None:
+        # At once: a command's own output follows.
+        print(line, file=self.out, flush=True)
+
+    def type(self, *arguments: str) -> None:
+        """Run one command in sight; `FarmError` if it came to nothing."""
+        self.say(f"\n$ {shlex.join(['farm', *arguments])}")
+        with self.timed(arguments[0]):
+            code = self._wait(self._start(arguments, self.out))
+        if code not in (DONE, WITH_ERRORS):
+            raise FarmError(f"farm {arguments[0]} {_ending(code)}: what it printed says why")
+
+    def ask(self, *arguments: str) -> str:
+        """What a command prints, out of sight."""
+        child = self._start(arguments, subprocess.PIPE)
+        try:
+            printed, _ = child.communicate()
+        except KeyboardInterrupt:
+            _end(child)
+            raise
+        if not printed:
+            raise FarmError(f"farm {arguments[0]} {_ending(child.returncode)}: what it printed says why")
+        return printed.decode()
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        start = monotonic()
+        yield
+        self.seconds[what] = round(monotonic() - start, 3)
+
+    def _start(self, arguments: Sequence[str], stdout: TextIO | int) -> subprocess.Popen[bytes]:
+        # On a leash: killed by whatever means, the demo leaves no command behind.
+        leash = [sys.executable, "-m", "farm.leash", str(os.getpid())]
+        return subprocess.Popen(
+            [*leash, _farm(), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            cwd=self.home.root,
+            env={**_unconfigured(os.environ), "FARM_HOME": str(self.home.root)},
+        )
+
+    def _wait(self, child: subprocess.Popen[bytes]) -> int:
+        try:
+            code = child.wait()
+        except KeyboardInterrupt:
+            _end(child)
+            raise
+        if code == DETACHED:
+            raise KeyboardInterrupt
+        return code
+
+
+def _input(shell: _Shell, count: int) -> Input:
+    shell.say(f"This demo lives in {shell.home.root}, a farm home of its own: nothing of it mixes with yours.")
+    with shell.timed("input"), _bar() as progress:
+        made = shell.home.input(count, progress)
+    origin = "an earlier demo made them" if made.reused else f"made in {shell.seconds['input']:.0f} s"
+    shell.say(
+        f"Input: {count} photographs in ILSVRC2012's layout, seeded weights for LV-ViT-S, and labels planted by "
+        f"PyTorch ({origin})."
+    )
+    shell.say(f"Expected: {_in_words(made.truth)}")
+    return made
+
+
+def _run(shell: _Shell, sizes: Sequence[int]) -> list[_Job]:
+    """The commands of the main job, then each job's report."""
+    from farm.demo import MODEL, Outcome
+
+    home, listed = shell.home, ",".join(map(str, sizes))
+    for name in (name for name in CONFIGURED if name in os.environ):
+        shell.say(f"\n$ unset {name}")
+    shell.say(f"\n$ cd {shlex.quote(str(home.root))}\n$ export FARM_HOME=$PWD")
+    _cancel_interrupted(shell)
+    shell.type("prepare", MODEL, "--images", str(home.images), "--labels", str(home.labels))
+    shell.type("export", MODEL, "--weights", str(home.weights), "--bs", listed)
+    shell.type("submit", MODEL, "--bs", listed)
+    numbers = sorted(job["job"] for job in json.loads(shell.ask("jobs", "--limit", str(len(sizes)), "--json")))
+    reports = [json.loads(shell.ask("report", str(number), "--json")) for number in numbers]
+    return [
+        _Job(number=report["job"], bs=report["bs"], outcome=Outcome.of(report), digest=report["digest"])
+        for report in reports
+    ]
+
+
+def _cancel_interrupted(shell: _Shell) -> None:
+    """An earlier demo's unfinished jobs, which any farm that comes up would go on with."""
+    for job in json.loads(shell.ask("jobs", "--json")):
+        if job["state"] in ("pending", "running"):
+            shell.ask("cancel", str(job["job"]))
+
+
+@contextmanager
+def _bar() -> Iterator[Progress]:
+    """A progress callback that draws a bar on stderr, or says once what takes so long if that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = TextColumn("scoring in PyTorch"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def show(done: int, total: int) -> None:
+            if bar.disable and not bar.tasks[task].completed:
+                print(f"scoring {total} photographs in PyTorch", file=sys.stderr)
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield show
+
+
+def _farm() -> str:
+    """The command of this installation, whatever PATH says."""
+    command = Path(sys.executable).with_name("farm")
+    if not command.is_file():
+        raise FarmError(f"there is no farm command beside {sys.executable}: install the farm into this Python again")
+    return str(command)
+
+
+def _unconfigured(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in CONFIGURED}
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Wait for an interrupted command to clean up."""
+    # Ctrl-C reached it as well; a signal sent to this process alone did not.
+    for last in (None, signal.SIGINT, signal.SIGKILL):
+        if last:
+            child.send_signal(last)
+        try:
+            child.wait(ENDS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+def _ending(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _in_words(truth: Truth) -> str:
+    outcome = truth.outcome
+    return (
+        f"top-1 {outcome.top1:.3f} % ({outcome.top1_correct}), top-5 {outcome.top5:.3f} % ({outcome.top5_correct}); "
+        f"no class is the top-1 of more than {100 * truth.favourite_share:.1f} %."
+    )
+
+
+def _figures(outcome: Outcome) -> dict[str, str]:
+    return {
+        "top-1": f"{outcome.top1:.3f} % ({outcome.top1_correct})",
+        "top-5": f"{outcome.top5:.3f} % ({outcome.top5_correct})",
+        "scored": str(outcome.scored),
+        "failed": str(outcome.failed),
+    }
+
+
+def _difference(expected: Outcome, measured: Outcome) -> str:
+    pairs = zip(_figures(expected).items(), _figures(measured).values(), strict=True)
+    return ", ".join(f"{name} {found}, expected {wanted}" for (name, wanted), found in pairs if found != wanted)
+
+
+def _show(shell: _Shell, expected: Outcome, jobs: Sequence[_Job]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", box=None, pad_edge=False)
+    for title in ("expected", *map(str, jobs)):
+        table.add_column(title, justify="right")
+    measured = [_figures(job.outcome) for job in jobs]
+    for name, wanted in _figures(expected).items():
+        cells = [figures[name] for figures in measured]
+        table.add_row(name, wanted, *(cell if cell == wanted else f"[bold red]{cell} differs[/]" for cell in cells))
+    shell.say()
+    Console(file=shell.out).print(table)
+    took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in shell.seconds.items())
+    if all(job.outcome == expected for job in jobs):
+        shell.say(f"Equal: the farm found what was planted ({took}).")
+
+
+def _as_json(shell: _Shell, made: Input, jobs: Sequence[_Job]) -> dict[str, Any]:
+    truth, expected = made.truth, made.truth.outcome
+    return {
+        "schema": 1,
+        "home": str(shell.home.root),
+        "input": {**truth.key.model_dump(), "reused": made.reused, "favourite_share": truth.favourite_share},
+        "expected": expected.as_json(),
+        "jobs": [
+            {
+                "job": job.number,
+                "bs": job.bs,
+                "measured": job.outcome.as_json(),
+                "equal": job.outcome == expected,
+                "digest": job.digest,
+            }
+            for job in jobs
+        ],
+        "equal": all(job.outcome == expected for job in jobs),
+        "seconds": shell.seconds,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -18,4 +19,24 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="The sidecars, as JSON.")] = False,
 ) -> None:
     """Turn weights into ONNX artifacts with a sidecar each, checked in onnxruntime against PyTorch."""
-    raise NotImplementedError((model, weights, batch_sizes(bs), opset, as_json))
+    from rich.console import Console
+
+    from farm import zoo
+    from farm.export import require_torch
+    from farm.settings import load_settings
+
+    settings, spec, sizes = load_settings(), zoo.get(model), batch_sizes(bs)
+    require_torch()
+    from farm.export.onnx import export as run
+
+    console = Console(stderr=True)
+    done = []
+    with console.status(f"exporting {spec.name}") as line:
+        for exported in run(spec, weights, sizes, settings.data_dir, opset=opset):
+            artifact = exported.artifact
+            done.append(artifact)
+            how = "there already" if exported.reused else f"within {artifact.max_abs_diff:.1e} of PyTorch"
+            console.print(f"{spec.name} bs {artifact.bs}: {exported.path} ({how})", highlight=False, soft_wrap=True)
+            line.update(f"exporting {spec.name}: {len(done)} of {len(sizes)}")
+    if as_json:
+        print(json.dumps([artifact.model_dump(mode="json") for artifact in done], indent=2))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,6 +14,7 @@ from multiprocessing import get_context
 from typing import TypeVar
 
 from farm.errors import FarmError, StorageError
+from farm.leash import die_with_parent
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,8 +25,6 @@ PIECE = 4
 AHEAD = 3
 #: Items that take their process down with them before it must be the machine rather than the items.
 MOST_DEATHS = 8
-
-_PR_SET_PDEATHSIG = 1
 
 
 def each(
@@ -53,15 +50,6 @@ def each(
                         "What was finished is kept: run the same command again, perhaps with fewer --processes"
                     )
                 yield died(item)
-
-
-def end_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; for Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have ended before the call above.
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _pass(
@@ -140,7 +128,7 @@ def _one_thread_each() -> Iterator[None]:
     """Keep numpy in a child from starting a thread a core, which on a big host hits the limit of processes."""
     name = "OPENBLAS_NUM_THREADS"
     before = os.environ.get(name)
-    os.environ[name] = "2"
+    os.environ[name] = "1"
     try:
         yield
     finally:
@@ -151,6 +139,6 @@ def _one_thread_each() -> Iterator[None]:
 
 
 def _settle_in(parent: int) -> None:
-    end_with_parent(parent)
+    die_with_parent(parent)
     # Pillow warns of odd metadata on stderr, in the midst of the parent's progress.
     warnings.simplefilter("ignore")

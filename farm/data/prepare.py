@@ -103,13 +103,13 @@ def _claimed(directory: Path) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            file.seek(0)
-            holder = f" (process {pid})" if (pid := file.read().strip()) else ""
-            raise UsageError(f"another farm prepare{holder} is at work in {directory}: wait for it to end") from exc
         with disk.writing(path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as exc:
+                file.seek(0)
+                holder = f" (process {pid})" if (pid := file.read().strip()) else ""
+                raise UsageError(f"another farm prepare{holder} is at work in {directory}: wait for it to end") from exc
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()

@@ -123,7 +123,9 @@ def _decode(source: Path | BinaryIO) -> Image.Image:
 
 def _unusable(source: Path | BinaryIO, problem: str) -> UnusableImage:
     name = source if isinstance(source, Path) else getattr(source, "name", "image")
-    return UnusableImage(str(name), " ".join(problem.split()))
+    # One printable line, whatever a decoder says: it goes into the manifest.
+    printable = "".join(character if character.isprintable() else " " for character in problem)
+    return UnusableImage(str(name), " ".join(printable.split()))
 
 
 def _why(source: Path | BinaryIO, exc: Exception) -> str:
@@ -142,8 +144,6 @@ def _why(source: Path | BinaryIO, exc: Exception) -> str:
 
 def _resize(image: Image.Image, recipe: Recipe, source: Path | BinaryIO) -> Image.Image:
     short, long = sorted(image.size)
-    if short == recipe.short_side:
-        return image
     # Multiplied first, then divided, then truncated: any other order moves some images by a pixel.
     grown = int(recipe.short_side * long / short)
     if grown * recipe.short_side > MOST_PIXELS:

@@ -11,7 +11,7 @@ from importlib import import_module
 from farm.errors import UsageError
 
 # Requirements rather than an extra of "farm": the package index knows that name as somebody else's project.
-INSTALL = 'pip install "torch>=2.6" "onnx>=1.16" --extra-index-url https://download.pytorch.org/whl/cpu'
+INSTALL = 'pip install "torch>=2.6" "onnx>=1.16"'
 
 
 def require_torch() -> None:

@@ -79,11 +79,12 @@ def test_missing_labels_are_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_images_are_found_by_name_up_to_the_first_dot_in_byte_order(tmp_path: Path) -> None:
-    folder = write_images(tmp_path, "b.JPEG", "a.x.jpeg", "C.jpg", "é.PNG", "ab.Jpg")
+    folder = write_images(tmp_path, "b.JPEG", "a.x.jpeg", "a-b.jpeg", "C.jpg", "é.PNG", "ab.Jpg")
 
     assert list(imagenet.find_images(folder).items()) == [
         ("C", folder / "C.jpg"),
         ("a", folder / "a.x.jpeg"),
+        ("a-b", folder / "a-b.jpeg"),
         ("ab", folder / "ab.Jpg"),
         ("b", folder / "b.JPEG"),
         ("é", folder / "é.PNG"),

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from farm import zoo
 from farm.data.recipes import RECIPES, Recipe, UnusableImage, normalisation, prepare
 from farm.errors import DataError
 
@@ -126,6 +127,14 @@ def test_every_recipe_is_found_under_its_own_name() -> None:
     assert {name: recipe.name for name, recipe in RECIPES.items()} == {name: name for name in RECIPES}
 
 
+@pytest.mark.parametrize("model", [name for name in zoo.MODELS if zoo.get(name).dataset == "imagenet"])
+def test_a_models_recipe_gives_what_its_input_takes(model: str) -> None:
+    spec = zoo.get(model)
+    recipe = RECIPES[spec.recipe]
+
+    assert (recipe.dtype, recipe.shape) == (spec.input.dtype, spec.input.shape)
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -165,6 +174,18 @@ def test_the_problem_does_not_depend_on_where_the_file_lies(tmp_path: Path) -> N
         prepare(tmp_path / "x.JPEG", LVVIT)
 
     assert str(tmp_path) not in caught.value.problem
+
+
+def test_a_decoders_words_become_one_printable_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("chunk\t\x00\x1b[0m\nis \udcff wrong")
+
+    monkeypatch.setattr(Image, "open", fail)
+
+    with pytest.raises(UnusableImage) as caught:
+        prepare(tmp_path / "x.JPEG", LVVIT)
+
+    assert caught.value.problem == "does not decode: chunk [0m is wrong"
 
 
 def test_a_file_without_permission_is_a_data_error(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """
 Dying with one's parent, whatever kills it.
 
-``python -m workers.leash PARENT_PID COMMAND...`` puts a foreign program on the leash: the setting survives exec.
+``python -m farm.leash PARENT_PID COMMAND...`` puts a foreign program on the leash: the setting survives exec.
 The kernel sends the signal when the *thread* that started the child ends, so start children from one that stays.
 """
 

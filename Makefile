@@ -1,0 +1,33 @@
+# make demo   set up .venv, then run the main job on embedded defaults
+# make test   linters, types, import contracts and all tests
+# make bench  the short versions of the benchmarks
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/farm demo
+
+test: check
+	$(BIN)/pytest
+
+check: $(VENV)/.test
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tests.benchmarks.embedded --short
+
+clean:
+	rm -rf $(VENV)
+
+# A stamp an extra: installed again only when what is asked for changed.
+$(VENV)/.%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'
+	touch $@
