@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,9 @@ def load_bin(data_dir: Path, name: str) -> NDArray[np.float32]:
 
 def write_tiny_onnx(data_dir: Path, bs: int, *, work: int = 0, seed: int = 0) -> Artifact:
     """
-    A real graph with LV-ViT's tensors: 16 x 16 means, a random linear layer, and `work` useless matrix products.
+    A real graph with LV-ViT's tensors: 16 x 16 means and a random linear layer.
+
+    `work` useless matrix products make it slow and change no bit of its answer.
     """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -54,11 +58,17 @@ def write_tiny_onnx(data_dir: Path, bs: int, *, work: int = 0, seed: int = 0) ->
         helper.make_node("AveragePool", ["image"], ["pooled"], kernel_shape=[16, 16], strides=[16, 16]),
         helper.make_node("Reshape", ["pooled", "flat"], ["x0"]),
     ]
-    if work:
+    if work:  # beside the answer, which it must not change: its mean counts nothing
         square = np.linalg.qr(rng.standard_normal((588, 588)))[0].astype(np.float32)
         initializers.append(numpy_helper.from_array(square, "square"))
+        initializers.append(numpy_helper.from_array(np.zeros(1, np.float32), "nothing"))
         nodes += [helper.make_node("MatMul", [f"x{i}", "square"], [f"x{i + 1}"]) for i in range(work)]
-    nodes.append(helper.make_node("MatMul", [f"x{work}", "weights"], ["features"]))
+        nodes.append(helper.make_node("ReduceMean", [f"x{work}"], ["mean"], axes=[1], keepdims=1))
+        nodes.append(helper.make_node("Mul", ["mean", "nothing"], ["zero"]))
+        nodes.append(helper.make_node("MatMul", ["x0", "weights"], ["answer"]))
+        nodes.append(helper.make_node("Add", ["answer", "zero"], ["features"]))
+    else:
+        nodes.append(helper.make_node("MatMul", ["x0", "weights"], ["features"]))
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -83,3 +93,24 @@ def write_tiny_onnx(data_dir: Path, bs: int, *, work: int = 0, seed: int = 0) ->
     )
     artifacts.write_sidecar(directory, artifact)
     return artifact
+
+
+def expected_digest(data_dir: Path, count: int, *, bs: int = 4, seed: int = 0) -> str:
+    """What the farm must answer for `write_bins` and `write_tiny_onnx`: plain onnxruntime, numpy and hashlib."""
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as scratch:
+        artifact = write_tiny_onnx(Path(scratch), bs, seed=seed)
+        path = artifacts.directory(Path(scratch), LVVIT.name) / artifact.file
+        session = onnxruntime.InferenceSession(path)
+    digest = hashlib.sha256()
+    for start in range(1, count + 1, bs):
+        names = [name_of(number) for number in range(start, min(start + bs, count + 1))]
+        batch = np.zeros((bs, *LVVIT.input.shape), np.float32)
+        for place, name in enumerate(names):
+            batch[place] = load_bin(data_dir, name)
+        (scores,) = session.run(None, {"image": batch})
+        for name, row in zip(names, scores, strict=False):
+            best = np.argsort(-row, kind="stable")[:5]
+            digest.update(f"{name}\t{','.join(map(str, best))}\n".encode())
+    return digest.hexdigest()

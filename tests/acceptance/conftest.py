@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
@@ -68,29 +69,28 @@ class Farm:
         return rows
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that belongs to this home, by its environment."""
+        """Every process that belongs to this home, by its environment or its title (Valkey writes over the former)."""
         found = []
         for process in psutil.process_iter():
-            try:
-                if process.environ().get("FARM_HOME") == str(self.home) and process.status() != psutil.STATUS_ZOMBIE:
+            with suppress(psutil.Error):
+                mine = process.environ().get("FARM_HOME") == str(self.home) or str(self.home) in _title(process)
+                if mine and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
-            except psutil.Error:
-                continue
         return found
 
     def pids(self, text: str) -> list[int]:
         """Processes of this home whose command line has `text`."""
-        pids = []
-        for process in self.processes():
-            try:
-                if text in " ".join(process.cmdline()):
-                    pids.append(process.pid)
-            except psutil.Error:
-                continue
-        return pids
+        return [process.pid for process in self.processes() if text in _title(process)]
 
     def logs(self) -> str:
         return "".join(f"\n--- {p.name}\n{p.read_text()[-3000:]}" for p in sorted((self.home / "log").glob("*.log")))
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def wait_for(condition: Callable[[], Any], timeout: float = 30.0, what: str = "") -> Any:
@@ -98,7 +98,7 @@ def wait_for(condition: Callable[[], Any], timeout: float = 30.0, what: str = ""
     deadline = monotonic() + timeout
     while not (value := condition()):
         assert monotonic() < deadline, f"not within {timeout} s: {what}"
-        sleep(0.02)
+        sleep(0.05)
     return value
 
 
@@ -113,7 +113,7 @@ def farm(tmp_path: Path) -> Iterator[Farm]:
     farm = Farm(tmp_path / "home")
     yield farm
     try:
-        wait_for(lambda: not farm.processes(), 6.0, f"processes end: {[p.cmdline() for p in farm.processes()]}")
+        wait_for(lambda: not farm.processes(), 6.0, f"processes end: {[_title(p) for p in farm.processes()]}")
         assert not list(farm.home.rglob("*.sock")), "a socket was left behind"
     finally:
         for process in farm.processes():
