@@ -104,19 +104,19 @@ def beat(conn: Connection, database: Database, name: str, incarnation: int) -> f
     )
 
 
-def set_state(conn: Connection, database: Database, name: str, incarnation: int, state: DeviceState) -> bool:
-    """Change the state of one incarnation; False when a newer one took over."""
+def leave(conn: Connection, database: Database, name: str, incarnation: int) -> bool:
+    """Say that an incarnation goes. A quarantined device stays so; False when a newer one took over."""
     changed = conn.execute(
         update(tables.device)
         .where(
             tables.device.c.name == name,
             tables.device.c.incarnation == incarnation,
-            tables.device.c.state != DeviceState.GONE.value,
+            tables.device.c.state == DeviceState.UP.value,
         )
-        .values(state=state.value)
+        .values(state=DeviceState.GONE.value)
     )
     if changed.rowcount == 1:
-        events.record(conn, database.now(conn), f"device_{state.value}", device=name)
+        events.record(conn, database.now(conn), "device_gone", device=name)
     return changed.rowcount == 1
 
 

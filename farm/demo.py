@@ -16,12 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 import farm
 from farm import zoo
 from farm.data import disk
 from farm.errors import UsageError
+from farm.settings import Settings, make_home
 
 MODEL = "lvvit"
 SEED = 310
@@ -120,8 +123,6 @@ class Home:
     @contextmanager
     def claimed(self) -> Iterator[None]:
         """Hold the home against another demo; `UsageError` when one has it."""
-        from farm.settings import Settings, make_home
-
         make_home(Settings(home=self.root))
         with (self.root / "demo.lock").open("a") as file:
             try:
@@ -140,7 +141,6 @@ class Home:
         truth = self._complete(key)
         if truth is not None:
             return Input(truth=truth, reused=True)
-        self._clear()
         return Input(truth=self._make(key, progress), reused=False)
 
     def _complete(self, key: Key) -> Truth | None:
@@ -167,10 +167,11 @@ class Home:
         from farm.data import synthetic
         from farm.export import require_torch
 
-        images = synthetic.write_imagenet(self.root / self.images, key.count, key.seed)
         require_torch()
         from farm.export import planted
 
+        self._clear()
+        images = synthetic.write_imagenet(self.root / self.images, key.count, key.seed)
         spec = zoo.get(key.model)
         weights = planted.seeded_weights(spec, key.seed)
         centred = planted.centre_head(weights, planted.reference_scores(images, spec, weights, progress=progress))
@@ -194,10 +195,8 @@ class Home:
         disk.replace(whole, text.encode(), partial=whole.with_suffix(".tmp"), durable=True)
 
 
-def _favourite_share(answers: Any) -> float:
-    """The share of the commonest of these classes, int64 [n]."""
-    import numpy as np
-
+def _favourite_share(answers: npt.NDArray[np.int64]) -> float:
+    """The share of the commonest of these classes, [n]."""
     return float(np.bincount(answers).max()) / len(answers)
 
 

@@ -64,7 +64,6 @@ class DeviceState(str, Enum):
     """Whether a device takes work."""
 
     UP = "up"
-    DRAINING = "draining"  #: finishes its shard, gets no more
     QUARANTINED = "quarantined"  #: three strikes
     GONE = "gone"  #: its worker left
 

@@ -90,8 +90,10 @@ def ensure(settings: Settings, *, ephemeral: bool = True) -> None:
             start_new_session=True,
             cwd=settings.run_dir,  # python -m looks there first, and a user's folder may well hold a tasks/ of its own
         )
-    if not _wait_for(lambda: is_up(settings) or host.poll() is not None, START_S) or not is_up(settings):
-        raise FarmError(f"the local farm did not start: see {log_path(settings)}")
+    _wait_for(lambda: host.poll() is not None or (is_up(settings) and "pid" in _info(settings)), START_S)
+    if host.poll():
+        lines = log_path(settings).read_text(errors="replace").splitlines()
+        raise FarmError(f"the local farm did not start: {lines[-1] if lines else 'no word'} ({log_path(settings)})")
 
 
 def stay(settings: Settings) -> None:
@@ -120,7 +122,7 @@ def stop(settings: Settings, timeout_s: float) -> None:
 
 def host_pid(settings: Settings) -> int:
     """The host process of a farm that is up."""
-    if not _wait_for(lambda: "pid" in _info(settings), 2.0):
+    if not _wait_for(lambda: "pid" in _info(settings), START_S):
         raise FarmError(f"{info_path(settings)} does not say who hosts the farm; end its process by hand")
     return int(_info(settings)["pid"])
 

@@ -49,8 +49,8 @@ class LocalHost:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGUSR1, self._stay)
         signal.signal(signal.SIGUSR2, self._look)
-        local.write_info(settings, ephemeral=self._ephemeral)  # from now on signals may come
         children = [broker.child(settings), *(_worker(settings, d.name, d.index) for d in discover(settings))]
+        local.write_info(settings, ephemeral=self._ephemeral)  # the farm is open; from now on signals may come
         ticking = threading.Thread(target=self._tick, daemon=True)
         try:
             while not self._over():
@@ -136,6 +136,7 @@ def main() -> int:
         make_home(settings)
         if not _take_lock(settings):
             return 0
+        local.info_path(settings).unlink(missing_ok=True)
         LocalHost(settings, ephemeral="--ephemeral" in sys.argv).run()
     except FarmError as exc:
         log.error("%s", exc)

@@ -27,7 +27,7 @@ from farm import artifacts
 from farm.data import manifest
 from farm.data.manifest import Manifest
 from farm.errors import DeviceCrashed, DeviceError, DeviceHung, FarmError, InvariantBroken, JobError, StorageError
-from farm.jobs import Assignment, DeviceState, Failure, JobSpec, ShardResult
+from farm.jobs import Assignment, Failure, JobSpec, ShardResult
 from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
@@ -85,6 +85,7 @@ class DeviceWorker:
             without_mingle=True,
             task_events=True,
             loglevel="WARNING",
+            quiet=True,
         )
         worker.start()
 
@@ -94,7 +95,7 @@ class DeviceWorker:
         self._pipeline.close()
         with self._database.write() as conn:
             shards.hand_back(conn, self._database, self.device.name, self.incarnation)
-            devices.set_state(conn, self._database, self.device.name, self.incarnation, DeviceState.GONE)
+            devices.leave(conn, self._database, self.device.name, self.incarnation)
 
     def evaluate(self, attempt_id: int) -> str:
         """One attempt from doorbell to commit; the answer is a word for the log."""

@@ -57,11 +57,14 @@ def child(settings: Settings) -> Child:
     """The broker as a child process, its directories private. A stale socket of ours is replaced."""
     path = socket_path(settings)
     data = settings.run_dir / "broker"
-    for directory in (path.parent, data):
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        for directory in (path.parent, data):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    except OSError as exc:
+        raise StorageError(f"cannot have the broker's socket at {path}: {exc.strerror}. Remove what is there.") from exc
     if path.parent.stat().st_uid != os.getuid():
         raise UsageError(f"{path.parent} belongs to another user; set XDG_RUNTIME_DIR to a directory of yours")
-    path.unlink(missing_ok=True)
     options = {
         "port": "0",
         "unixsocket": str(path),

@@ -46,7 +46,10 @@ def _serve(link: socket.socket) -> None:
 
     model: _Model | None = None
     while True:
-        data, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 1)
+        try:
+            data, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 1)
+        except ConnectionResetError:  # it left without reading our last answer
+            break
         if not data:
             break  # the worker is done with us
         message = json.loads(data)

@@ -20,24 +20,24 @@ def read_bin(directory: Path, sample: Sample, out: Array) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
-        raise DataError(f"{path}: {exc.strerror}. Run farm prepare again.") from exc
+        raise DataError(f"{exc.strerror}: {path}. Run farm prepare again.") from exc
     try:
         size = os.fstat(descriptor).st_size
         if size != out.nbytes:
-            raise DataError(f"{path} has {size} bytes, expected {out.nbytes}. Run farm prepare again.")
+            raise DataError(f"bin has {size} bytes, expected {out.nbytes}: {path}. Run farm prepare again.")
         target, done = out.data.cast("B"), 0
         while done < out.nbytes:
             got = os.preadv(descriptor, [target[done:]], done)
             if got == 0:
-                raise DataError(f"{path} ended at byte {done} while it was read")
+                raise DataError(f"bin ended at byte {done} while it was read: {path}")
             done += got
     except OSError as exc:
-        raise DataError(f"{path}: {exc.strerror}") from exc
+        raise DataError(f"{exc.strerror}: {path}") from exc
     finally:
         os.close(descriptor)
     found = xxhash.xxh3_64_hexdigest(target)
     if found != sample.xxh3:
         raise DataError(
-            f"{path} was altered after it was prepared: xxh3 {found}, the manifest says {sample.xxh3}. "
+            f"bin was altered after it was prepared (xxh3 {found}, the manifest says {sample.xxh3}): {path}. "
             "Run farm prepare again."
         )

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 
 from farm.cli import data, database, demo, devices, export, jobs, local
@@ -56,26 +55,27 @@ def options(
         os.environ["FARM_DEBUG"] = "1"
 
 
-def main() -> None:
+def run() -> int:
     """Run the command line; every error ends as one sentence on stderr and an exit code of the contract."""
     try:
         code = app(standalone_mode=False)
     except FarmError as exc:
-        code = _complain(str(exc), exc.exit_code)
-    except click.ClickException as exc:
-        exc.show()
-        code = exc.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        code = DETACHED
+        return _complain(str(exc), exc.exit_code)
+    except typer.TyperException as exc:
+        usage: Any = exc  # typer carries a click of its own, whose errors know how to show themselves
+        usage.show()
+        return int(usage.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return DETACHED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        return 1
     except OSError as exc:
         where = f"{exc.filename}: " if exc.filename else ""
-        code = _complain(f"{where}{exc.strerror or exc}", 1)
+        return _complain(f"{where}{exc.strerror or exc}", 1)
     except Exception as exc:
-        code = _complain(f"this is a bug in the farm: {exc!r}. Run again with --debug and report what it prints.", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _complain(f"this is a bug in the farm: {exc!r}. Run again with --debug and report what it prints.", 1)
+    return code if isinstance(code, int) else 0
 
 
 def _complain(sentence: str, code: int) -> int:

@@ -36,7 +36,8 @@ def export(
             artifact = exported.artifact
             done.append(artifact)
             how = "there already" if exported.reused else f"within {artifact.max_abs_diff:.1e} of PyTorch"
-            console.print(f"{spec.name} bs {artifact.bs}: {exported.path} ({how})", highlight=False, soft_wrap=True)
-            line.update(f"exporting {spec.name}: {len(done)} of {len(sizes)}")
+            line.update(f"exporting {spec.name}: {len(done)} of {len(sizes)} done")
+            if not as_json:
+                print(f"{spec.name} bs {artifact.bs}: {exported.path} ({how})", flush=True)
     if as_json:
         print(json.dumps([artifact.model_dump(mode="json") for artifact in done], indent=2))

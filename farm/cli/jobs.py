@@ -241,7 +241,9 @@ def _report_all(database: Database, job_ids: list[int], as_json: bool) -> int:
     if as_json:
         _print_json(reports[0] if len(reports) == 1 else reports)
     else:
-        for each in reports:
+        for number, each in enumerate(reports):
+            if number:
+                print()
             show(each, _console(stderr=False))
     codes = [_exit_code(each) for each in reports]
     return next((code for code in (FAILED, WITH_ERRORS) if code in codes), DONE)

@@ -15,7 +15,7 @@ from farm.settings import Settings
 
 POLL_S = 0.1
 #: Between looks at whether the farm is still there, and between lines where there is no terminal.
-LOOK_S, SAY_S = 1.0, 10.0
+LOOK_S, SAY_S = 1.0, 5.0
 
 
 def follow(

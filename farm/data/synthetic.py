@@ -64,7 +64,9 @@ def _photographs() -> list[Image.Image]:
     spec = find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
     if folder is None or not all((folder / name).is_file() for name in PHOTOGRAPHS):
-        raise UsageError("the demo's pictures come from scikit-image, which is not here: pip install 'farm[demo]'")
+        raise UsageError(
+            "the demo's pictures come from scikit-image, which is not here: pip install 'scikit-image>=0.24'"
+        )
     images = []
     for name in PHOTOGRAPHS:
         with Image.open(folder / name) as image:

@@ -8,6 +8,7 @@ wrong, it does not share.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,7 +77,9 @@ def seeded_weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
 
 def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """The state dict as a checkpoint, bare, as the official one is believed to be."""
-    torch.save(dict(state), path)
+    data = io.BytesIO()  # torch's own writing turns a full disk into an assertion
+    torch.save(dict(state), data)
+    path.write_bytes(data.getbuffer())
 
 
 def reference_scores(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from db import jobs, results
 from db.engine import Database
@@ -80,8 +81,8 @@ def _accuracy(scored: Sequence[Row]) -> Report:
 
 def _device_fps(times: Iterable[AttemptTimes], bs: int) -> float | None:
     """The reference's formula, 1000 * bs / mean(compute ms): device time only, padding counts as work."""
-    compute = [t.batch_ms[:, 1] for t in times]
-    return float(1000.0 * bs / np.mean(np.concatenate(compute))) if compute else None
+    compute = [ms for t in times for ms in t.batch_ms[:, 1]]
+    return float(1000.0 * bs / np.mean(compute)) if compute else None
 
 
 def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float) -> list[Report]:
@@ -95,14 +96,20 @@ def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float) -> list[Repo
                 "samples": sum(t.samples for t in own),
                 "batches": len(batches),
                 "fps": _device_fps(own, bs),
-                "busy": float(batches.sum()) / 1000 / wall_s if wall_s else None,
-                "h2d_ms": float(batches[:, 0].mean()),
-                "compute_ms": float(batches[:, 1].mean()),
-                "d2h_ms": float(batches[:, 2].mean()),
-                "compute_p99_ms": float(np.percentile(batches[:, 1], 99)),
+                "busy": float(batches.sum()) / 1000 / wall_s if wall_s else 0.0,
+                **_mean_ms(batches),
             }
         )
     return lines
+
+
+def _mean_ms(batches: NDArray[np.float32]) -> dict[str, float | None]:
+    """Means of `batches`, float32 [n, 3], and the compute time that one in a hundred exceeds."""
+    if not len(batches):
+        return {"h2d_ms": None, "compute_ms": None, "d2h_ms": None, "compute_p99_ms": None}
+    h2d, compute, d2h = batches.mean(axis=0).tolist()
+    p99 = float(np.percentile(batches[:, 1], 99))
+    return {"h2d_ms": h2d, "compute_ms": compute, "d2h_ms": d2h, "compute_p99_ms": p99}
 
 
 def _budget(times: Sequence[AttemptTimes]) -> dict[str, float]:

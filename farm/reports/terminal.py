@@ -68,7 +68,7 @@ def _devices(report: Report) -> Table:
             str(line["samples"]),
             str(line["batches"]),
             _number(line["fps"]),
-            "-" if line["busy"] is None else f"{100 * line['busy']:.1f} %",
+            f"{100 * line['busy']:.1f} %",
             _number(line["compute_ms"]),
             _number(line["compute_p99_ms"]),
         )
@@ -79,7 +79,7 @@ def _failures(report: Report, console: Console) -> None:
     lost = {kind: count for kind, count in report["attempts"].items() if kind not in ("won", "running", "assigned")}
     if lost:
         listing = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
-        console.print(f"attempts done again: {listing}", highlight=False)
+        console.print(f"attempts whose work did not count: {listing}", highlight=False)
     failed = report["failed"]
     for sample in failed[:NAMED]:
         console.print(f"failed  {sample['name']}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)

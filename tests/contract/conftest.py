@@ -16,6 +16,7 @@ from db.engine import Database
 from db.shards import Ring, Started
 from farm import artifacts, zoo
 from farm.jobs import (
+    LIVE,
     Assignment,
     AttemptState,
     Budget,
@@ -61,7 +62,12 @@ def name_of(number: int) -> str:
 
 def scored(name: str, *, rank: int = 1) -> SampleResult:
     return SampleResult(
-        name=name, state=ResultState.SCORED, label=7, rank=rank, classes=(7, 0, 1, 2, 3), scores=(5.5, 4.0, 3.0, 2.0, 1.0)
+        name=name,
+        state=ResultState.SCORED,
+        label=7,
+        rank=rank,
+        classes=(7, 0, 1, 2, 3),
+        scores=(5.5, 4.0, 3.0, 2.0, 1.0),
     )
 
 
@@ -136,6 +142,12 @@ class Fleet:
             reopened = {"state": ShardState.PENDING.value, "winner": None}
             conn.execute(update(s).where(s.c.job_id == job.id).values(**reopened))
 
+    def close_shard(self, assignment: Assignment) -> None:
+        """What no verb does: a shard is done although its attempt is live."""
+        with self.database.write() as conn:
+            s = tables.shard
+            conn.execute(update(s).where(s.c.id == assignment.shard_id).values(state=ShardState.DONE.value))
+
     def rival(self, assignment: Assignment, worker: Worker) -> Assignment:
         """A second live attempt of a shard, running on another device."""
         with self.database.write() as conn:
@@ -150,7 +162,9 @@ class Fleet:
                 "assigned": 0.0,
                 "rung": 0.0,
             }
-            attempt_id = conn.execute(insert(tables.attempt).values(**values).returning(tables.attempt.c.id)).scalar_one()
+            attempt_id = conn.execute(
+                insert(tables.attempt).values(**values).returning(tables.attempt.c.id)
+            ).scalar_one()
         started = worker.start(attempt_id)
         assert started is not None
         return started.assignment
@@ -213,12 +227,13 @@ class Fleet:
         with self.database.read() as conn:
             return conn.execute(select(tables.attempt).where(tables.attempt.c.id == assignment.attempt_id)).one()
 
-    def held(self, worker: Worker) -> int:
-        """How many live attempts a device has."""
+    def held(self, worker: Worker) -> list[int]:
+        """The numbers of the shards in a device's window, first in line first."""
         with self.database.read() as conn:
-            live = devices.beat(conn, self.database, worker.name, worker.incarnation)
-            assert live is not None
-            return len(live)
+            a, s = tables.attempt.c, tables.shard.c
+            live = a.state.in_([state.value for state in LIVE])
+            query = select(s.idx).join(tables.attempt, a.shard_id == s.id).where(a.device == worker.name, live)
+            return list(conn.execute(query.order_by(a.id)).scalars())
 
     def rows(self, job: Job) -> list[results.Row]:
         with self.database.read() as conn:
