@@ -166,7 +166,7 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
     by_state = (
         select(result.state, func.count()).where(result.job_id == job_id, result.superseded == 0).group_by(result.state)
     )
-    counts: dict[str, int] = dict(conn.execute(by_state).tuples().all())
+    counts = {row[0]: row[1] for row in conn.execute(by_state)}
     job = get(conn, job_id)
     if job.state.is_final:
         return job.state

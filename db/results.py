@@ -135,7 +135,7 @@ def attempts_by_state(conn: Connection, job_id: int) -> dict[str, int]:
     kind_of = func.coalesce(a.failure, a.state)
     query = select(kind_of, func.count()).where(a.job_id == job_id).group_by(a.failure, a.state)
     counts: dict[str, int] = {}
-    for kind, count in conn.execute(query).tuples():
+    for kind, count in conn.execute(query):
         counts[kind] = counts.get(kind, 0) + count
     return counts
 

@@ -426,7 +426,6 @@ def has_room(conn: Connection, database: Database, lease_s: float) -> bool:
     up = devices.live(conn, database, lease_s)
     if not up or conn.execute(select(s.id).where(s.state == ShardState.PENDING.value).limit(1)).first() is None:
         return False
-    held: dict[str, int] = dict(
-        conn.execute(select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)).tuples().all()
-    )
+    by_device = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
+    held = {row[0]: row[1] for row in conn.execute(by_device)}
     return any(held.get(device.name, 0) < WINDOW for device in up)
