@@ -55,10 +55,10 @@ def has_waiters(settings: Settings) -> bool:
 @contextmanager
 def joined(settings: Settings) -> Iterator[Callable[[], None]]:
     """
-    A farm is up inside: the one that was, or an ephemeral one that ends with its last waiter.
+    A farm is up inside, or about to be: the one that was there, or an ephemeral one that ends with its last waiter.
 
-    Gives a function to call now and then: it starts another farm when the one that was joined has gone. Leaving
-    waits until the ephemeral farm is down, unless others wait for it too.
+    Gives a function to call now and then: it starts another farm when the one that was joined has gone, and raises
+    `FarmError` when none can be started. Leaving waits until the ephemeral farm is down, unless others wait for it.
     """
     if not settings.is_embedded:
         yield lambda: None
@@ -66,48 +66,83 @@ def joined(settings: Settings) -> Iterator[Callable[[], None]]:
     make_home(settings)
     with waiters_path(settings).open("a") as waiting:
         fcntl.flock(waiting, fcntl.LOCK_SH)
-        ensure(settings)
+        host = _Host(settings, ephemeral=True)
+        host.ensure()
         try:
-            yield lambda: ensure(settings)
+            yield host.ensure
         finally:
             fcntl.flock(waiting, fcntl.LOCK_UN)
-            if is_ephemeral(settings):
-                _wait_for(lambda: not is_up(settings) or has_waiters(settings), 10.0)
+            host.leave()
 
 
-def ensure(settings: Settings, *, ephemeral: bool = True) -> None:
-    """Start a host process if there is none. It runs in a session of its own: Ctrl-C here is not meant for it."""
-    if is_up(settings):
-        return
-    make_home(settings)
-    command = [sys.executable, "-m", "tasks.local_host", *(["--ephemeral"] if ephemeral else [])]
-    with log_path(settings).open("ab") as log:
-        host = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            cwd=settings.run_dir,  # python -m looks there first, and a user's folder may well hold a tasks/ of its own
-        )
-    _wait_for(lambda: host.poll() is not None or (is_up(settings) and "pid" in _info(settings)), START_S)
-    if host.poll():
-        lines = log_path(settings).read_text(errors="replace").splitlines()
-        raise FarmError(f"the local farm did not start: {lines[-1] if lines else 'no word'} ({log_path(settings)})")
+class _Host:
+    """The host process from its starter's side."""
+
+    def __init__(self, settings: Settings, *, ephemeral: bool) -> None:
+        self._settings = settings
+        self._ephemeral = ephemeral
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = 0.0
+
+    def ensure(self) -> None:
+        """Start a host process if there is none, without waiting for it; `FarmError` if the last start failed."""
+        if is_up(self._settings):
+            return
+        if self._process is not None:
+            code = self._process.poll()
+            if code is None and monotonic() - self._started < START_S:
+                return
+            if code != 0:
+                raise FarmError(f"the local farm did not start: {_last_words(self._settings)}")
+        self._start()
+
+    def wait(self) -> None:
+        """Return when a farm is open to signals; `FarmError` if none comes up."""
+        deadline = monotonic() + START_S
+        while not (is_up(self._settings) and "pid" in _info(self._settings)):
+            if monotonic() > deadline:
+                raise FarmError(f"the local farm did not start: {_last_words(self._settings)}")
+            self.ensure()
+            sleep(0.02)
+
+    def leave(self) -> None:
+        """Wait for the end of an ephemeral farm that nobody else waits for."""
+        if is_ephemeral(self._settings):
+            _wait_for(lambda: not is_up(self._settings) or has_waiters(self._settings), 10.0)
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(0 if is_up(self._settings) else 1)
+
+    def _start(self) -> None:
+        """It runs in a session of its own: Ctrl-C here is not meant for it."""
+        settings = self._settings
+        command = [sys.executable, "-m", "tasks.local_host", *(["--ephemeral"] if self._ephemeral else [])]
+        with log_path(settings).open("ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=settings.run_dir,  # python -m looks there first; a user's folder may well hold a tasks/ of its own
+            )
+        self._started = monotonic()
 
 
 def stay(settings: Settings) -> None:
     """Have a farm that outlives its waiters: a new one, or the ephemeral one from now on."""
-    ensure(settings, ephemeral=False)
+    make_home(settings)
+    _Host(settings, ephemeral=False).wait()
     with suppress(ProcessLookupError):
         os.kill(host_pid(settings), signal.SIGUSR1)
 
 
 def nudge(settings: Settings) -> None:
     """Have a farm that is up look at the database now."""
-    if is_up(settings):
+    pid = _info(settings).get("pid")
+    if is_up(settings) and pid:  # one that is not open yet will look by itself
         with suppress(ProcessLookupError):
-            os.kill(host_pid(settings), signal.SIGUSR2)
+            os.kill(int(pid), signal.SIGUSR2)
 
 
 def stop(settings: Settings, timeout_s: float) -> None:
@@ -139,11 +174,18 @@ def write_info(settings: Settings, *, ephemeral: bool) -> None:
 
 
 def _info(settings: Settings) -> dict[str, Any]:
+    """What the host wrote of itself; nothing if that is left over from one that is gone."""
     try:
-        found = json.loads(info_path(settings).read_text())
-    except (OSError, ValueError):
+        found: dict[str, Any] = json.loads(info_path(settings).read_text())
+        command = Path(f"/proc/{found['pid']}/cmdline").read_bytes()
+    except (OSError, ValueError, TypeError, KeyError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return found if b"tasks.local_host" in command else {}
+
+
+def _last_words(settings: Settings) -> str:
+    lines = log_path(settings).read_text(errors="replace").splitlines()
+    return f"{lines[-1] if lines else 'no word of it'} ({log_path(settings)})"
 
 
 def _is_locked(path: Path, kind: int) -> bool:

@@ -29,6 +29,8 @@ POLL_S = 0.1
 EPHEMERAL_GRACE_S, GRACE_S = 2.5, 30.0
 #: Ticks: short while they find something to do, long while they do not.
 BUSY_TICK_S, IDLE_TICK_S = 0.2, 1.0
+#: Starting workers fill their own windows; the tick's imports would only slow them down.
+FIRST_TICK_S = 1.5
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +54,12 @@ class LocalHost:
         children = [broker.child(settings), *(_worker(settings, d.name, d.index) for d in discover(settings))]
         local.write_info(settings, ephemeral=self._ephemeral)  # the farm is open; from now on signals may come
         ticking = threading.Thread(target=self._tick, daemon=True)
+        opened = monotonic()
         try:
             while not self._over():
                 for child in children:
                     child.watch()
-                if not ticking.is_alive():
+                if not ticking.ident and monotonic() - opened > FIRST_TICK_S:
                     ticking.start()
                 sleep(POLL_S)
         finally:
@@ -81,7 +84,7 @@ class LocalHost:
         self._wake.set()
 
     def _tick(self) -> None:
-        """The coordinator. Imports late: the children start sooner so."""
+        """The coordinator."""
         from db.engine import open_database
         from tasks.app import make_app
         from tasks.coordinator import tick
