@@ -66,6 +66,11 @@ def get(conn: Connection, job_id: int) -> Job:
     return _record(row)
 
 
+def state(conn: Connection, job_id: int) -> JobState:
+    """Where a job stands, for those who ask often."""
+    return JobState(conn.execute(select(tables.job.c.state).where(tables.job.c.id == job_id)).scalar_one())
+
+
 def recent(conn: Connection, limit: int) -> list[Job]:
     """The newest jobs, newest first."""
     rows = conn.execute(select(tables.job).order_by(tables.job.c.id.desc()).limit(limit))

@@ -13,9 +13,10 @@ from db import devices, jobs
 from db.engine import Database
 from farm.settings import Settings
 
-POLL_S = 0.1
-#: Between looks at whether the farm is still there, and between lines where there is no terminal.
-LOOK_S, SAY_S = 1.0, 5.0
+#: Between looks at the job's state, which is one cheap row, and between counts, which are not.
+POLL_S, COUNT_S = 0.1, 0.5
+#: Between lines where there is no terminal.
+SAY_S = 5.0
 
 
 def follow(
@@ -36,9 +37,9 @@ def follow(
     with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as bar:
         now = _progress(database, job_id)
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
-        began, first, said, looked = monotonic(), now.finished_samples, monotonic(), monotonic()
-        while not now.job.state.is_final:
-            sleep(POLL_S)
+        began, first, said = monotonic(), now.finished_samples, monotonic()
+        while not _ended_within(COUNT_S if not bar.disable else SAY_S / 5, database, job_id):
+            keep_farm()
             now = _progress(database, job_id)
             rate = (now.finished_samples - first) / (monotonic() - began)
             note = watch.note(now)
@@ -49,9 +50,17 @@ def follow(
                 said = monotonic()
                 done = f"{now.finished_samples}/{now.job.spec.samples}"
                 console.print(f"{now.job}: {done}, {rate:.1f}/s {note}", highlight=False)
-            if monotonic() - looked > LOOK_S:
-                looked = monotonic()
-                keep_farm()
+
+
+def _ended_within(seconds: float, database: Database, job_id: int) -> bool:
+    """Whether the job has ended; waits up to so long for it."""
+    deadline = monotonic() + seconds
+    while monotonic() < deadline:
+        with database.read() as conn:
+            if jobs.state(conn, job_id).is_final:
+                return True
+        sleep(POLL_S)
+    return False
 
 
 class _Watch:

@@ -128,6 +128,12 @@ class Fleet:
     def later(self, seconds: float) -> None:
         self.database.clock_offset_s += seconds
 
+    def put(self, worker: Worker, state: DeviceState) -> None:
+        """What it takes verbs a while to do: a device in a state."""
+        with self.database.write() as conn:
+            d = tables.device
+            conn.execute(update(d).where(d.c.name == worker.name).values(state=state.value))
+
     def delete_row(self, job: Job, name: str) -> None:
         """What no verb does: a result row is gone."""
         with self.database.write() as conn:
@@ -304,9 +310,9 @@ class Worker:
         with self.database.write() as conn:
             return devices.beat(conn, self.database, self.name, self.incarnation)
 
-    def set_state(self, state: DeviceState) -> bool:
+    def leave(self) -> bool:
         with self.database.write() as conn:
-            return devices.set_state(conn, self.database, self.name, self.incarnation, state)
+            return devices.leave(conn, self.database, self.name, self.incarnation)
 
     @property
     def device(self) -> devices.Device:

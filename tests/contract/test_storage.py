@@ -235,7 +235,7 @@ def test_without_a_job_nothing_is_assigned(fleet: Fleet) -> None:
 @pytest.mark.parametrize("state", [state for state in DeviceState if state is not DeviceState.UP])
 def test_a_device_that_is_not_up_is_assigned_nothing(fleet: Fleet, state: DeviceState) -> None:
     fleet.job()
-    fleet.worker().set_state(state)
+    fleet.put(fleet.worker(), state)
 
     assert fleet.assign() == []
 
@@ -871,7 +871,7 @@ def test_incarnations_are_counted_for_each_device(fleet: Fleet) -> None:
 
 
 def test_a_worker_that_starts_anew_is_up_again(fleet: Fleet) -> None:
-    fleet.worker().set_state(DeviceState.GONE)
+    fleet.worker().leave()
 
     assert fleet.worker().device.state is DeviceState.UP
 
@@ -992,18 +992,17 @@ def test_a_gone_devices_attempts_are_orphans(fleet: Fleet) -> None:
     worker = fleet.worker()
     assignment = worker.take()
 
-    worker.set_state(DeviceState.GONE)
+    worker.leave()
 
     assert fleet.orphans() == [assignment.attempt_id]
 
 
-@pytest.mark.parametrize("state", [DeviceState.DRAINING, DeviceState.QUARANTINED])
-def test_a_device_that_takes_no_more_keeps_what_it_runs(fleet: Fleet, state: DeviceState) -> None:
+def test_a_quarantined_device_keeps_what_it_runs(fleet: Fleet) -> None:
     fleet.job(samples=1)
     worker = fleet.worker()
     assignment = worker.take()
 
-    worker.set_state(state)
+    fleet.put(worker, DeviceState.QUARANTINED)
 
     assert fleet.orphans() == []
     assert worker.complete(assignment) is not None
@@ -1056,19 +1055,47 @@ def test_an_old_incarnations_heartbeat_does_not_keep_the_device_alive(fleet: Fle
     assert new.device.heartbeat == before
 
 
-def test_an_old_incarnation_does_not_change_the_devices_state(fleet: Fleet) -> None:
+def test_a_worker_that_leaves_says_so(fleet: Fleet) -> None:
+    worker = fleet.worker()
+
+    assert worker.leave()
+    assert worker.device.state is DeviceState.GONE
+
+
+def test_a_worker_that_leaves_is_an_event(fleet: Fleet) -> None:
+    fleet.worker().leave()
+
+    assert [event.device for event in fleet.events("device_gone")] == ["h:0"]
+
+
+def test_a_worker_leaves_once(fleet: Fleet) -> None:
+    worker = fleet.worker()
+    worker.leave()
+
+    assert not worker.leave()
+
+
+def test_an_old_incarnation_that_leaves_does_not_take_the_device_along(fleet: Fleet) -> None:
     old, new = fleet.worker(), fleet.worker()
 
-    assert not old.set_state(DeviceState.GONE)
+    assert not old.leave()
     assert new.device.state is DeviceState.UP
 
 
-def test_a_device_that_is_gone_stays_gone(fleet: Fleet) -> None:
-    worker = fleet.worker()
-    worker.set_state(DeviceState.GONE)
+def test_a_worker_that_leaves_does_not_take_other_devices_along(fleet: Fleet) -> None:
+    leaving, staying = fleet.worker(0), fleet.worker(1)
 
-    assert not worker.set_state(DeviceState.DRAINING)
-    assert worker.device.state is DeviceState.GONE
+    leaving.leave()
+
+    assert staying.device.state is DeviceState.UP
+
+
+def test_a_quarantined_device_stays_so_when_its_worker_leaves(fleet: Fleet) -> None:
+    worker = fleet.worker()
+    fleet.put(worker, DeviceState.QUARANTINED)
+
+    assert not worker.leave()
+    assert worker.device.state is DeviceState.QUARANTINED
 
 
 def test_a_leaving_worker_hands_back_all_it_holds(fleet: Fleet) -> None:
@@ -1190,7 +1217,7 @@ def test_a_failed_shard_goes_back_once_the_other_device_is_gone(fleet: Fleet) ->
     worker, other = fleet.worker(0), fleet.worker(1)
     worker.fail(worker.take())
 
-    other.set_state(DeviceState.GONE)
+    other.leave()
 
     assert worker.take().attempt == 2
 
@@ -1705,7 +1732,7 @@ def test_a_device_that_leaves_is_not_rung_again(fleet: Fleet) -> None:
     fleet.job(samples=8)
     worker = fleet.worker()
     fleet.assign()
-    worker.set_state(DeviceState.GONE)
+    worker.leave()
 
     fleet.later(3)
 
