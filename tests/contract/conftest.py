@@ -252,7 +252,8 @@ class Fleet:
     def everything(self) -> dict[str, list[Row[Any]]]:
         """All rows of all tables: equal twice, and nothing has changed in between."""
         with self.database.read() as conn:
-            return {table.name: list(conn.execute(select(table))) for table in tables.metadata.sorted_tables}
+            every = tables.metadata.sorted_tables
+            return {table.name: list(conn.execute(select(table).order_by(*table.primary_key))) for table in every}
 
 
 @dataclass(frozen=True)

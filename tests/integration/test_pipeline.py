@@ -31,6 +31,7 @@ from workers.backends.simulated import scores
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
 
 SHAPE, CLASSES, BS = (3, 4, 4), 10, 4
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def pipeline() -> Iterator[Pipeline]:
 
 @pytest.fixture
 def impatient() -> Iterator[Pipeline]:
-    """A pipeline that waits 0.3 s for a batch, and four times that for the first one."""
-    with closing(Pipeline(deadline_s=0.3)) as pipeline:
+    """A pipeline that waits half a second for a batch, and four times that for the first one."""
+    with closing(Pipeline(deadline_s=0.5)) as pipeline:
         yield pipeline
 
 
@@ -608,7 +609,7 @@ threading.Event().wait()
 
 
 def test_a_hanging_device_process_dies_with_its_killed_worker(tmp_path: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", WORKER, tmp_path], stdout=subprocess.PIPE) as worker:
+    with subprocess.Popen([sys.executable, "-c", WORKER, tmp_path], stdout=subprocess.PIPE, cwd=ROOT) as worker:
         assert worker.stdout is not None
         device = int(worker.stdout.readline())
         assert runs(device)
