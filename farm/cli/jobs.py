@@ -107,13 +107,16 @@ def status(job: JobId, as_json: Json = False) -> None:
     """Show how far a job is, what broke on the way, and which devices are there."""
     from farm.reports import status as reports
     from farm.settings import load_settings
+    from tasks import local
 
-    database = _open(load_settings())
-    found = reports.build(database, load_settings(), job)
+    settings = load_settings()
+    found = reports.build(_open(settings), settings, job)
     if as_json:
         _print_json(found)
-    else:
-        reports.show(found, _console(stderr=False))
+        return
+    reports.show(found, _console(stderr=False))
+    if found["state"] in ("pending", "running") and settings.is_embedded and not local.is_up(settings):
+        print(f"no farm is up: farm wait {job} or farm up goes on with it")
 
 
 def report(job: JobId, as_json: Json = False) -> None:

@@ -14,6 +14,7 @@ from farm.data import manifest
 from farm.errors import FarmError
 from farm.settings import Settings, make_home
 from farm.versions import versions
+from tasks import local
 from workers import broker
 from workers.devices import discover
 
@@ -37,6 +38,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("home", lambda: _home(settings)),
         ("database", lambda: f"{open_database(settings)}, schema up to date"),
         ("broker", lambda: _broker(settings)),
+        ("farm", lambda: _farm(settings)),
         ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in discover(settings))),
         ("export", _export),
     ]
@@ -61,6 +63,12 @@ def _broker(settings: Settings) -> str:
     if settings.is_embedded:
         return f"embedded, {broker.server_binary()}"
     return "configured in FARM_BROKER_URL"
+
+
+def _farm(settings: Settings) -> str:
+    if not settings.is_embedded:
+        return "of many hosts"
+    return "up" if local.is_up(settings) else "none is up; farm submit brings one, farm up has one that stays"
 
 
 def _export() -> str:
