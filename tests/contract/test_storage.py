@@ -152,6 +152,16 @@ def test_progress_counts_samples_shards_and_attempts(fleet: Fleet, database: Dat
     assert found == (4, 1, 5, 4, 2)
 
 
+def test_progress_does_not_count_superseded_rows(fleet: Fleet, database: Database) -> None:
+    job = fleet.job(samples=1)
+    worker = fleet.worker()
+    worker.complete(worker.take(), [failed("s0000")])
+    fleet.supersede(job)
+
+    with database.read() as conn:
+        assert jobs.progress(conn, job.id).failed_samples == 0
+
+
 # -- assign ------------------------------------------------------------------------------------------------------
 
 
@@ -1039,6 +1049,13 @@ def test_a_heartbeat_no_longer_tells_of_what_was_taken_away(fleet: Fleet) -> Non
     assert worker.beat() == frozenset()
 
 
+def test_a_heartbeat_does_not_tell_of_the_attempts_of_the_incarnation_before(fleet: Fleet) -> None:
+    fleet.job()
+    fleet.worker().take()
+
+    assert fleet.worker().beat() == frozenset()
+
+
 def test_an_old_incarnations_heartbeat_says_that_it_has_to_go(fleet: Fleet) -> None:
     old = fleet.worker()
 
@@ -1185,6 +1202,17 @@ def test_a_device_whose_attempt_failed_is_given_something_else(fleet: Fleet) -> 
     assert [ring.assignment.shard for ring in rings] == [2]
 
 
+def test_a_shard_that_is_done_is_not_reopened(fleet: Fleet) -> None:
+    job = fleet.job(samples=1)
+    worker = fleet.worker()
+    assignment = worker.take()
+    fleet.close_shard(assignment)
+
+    worker.fail(assignment)
+
+    assert fleet.shards(job) == ["done"]
+
+
 def test_a_failed_shard_goes_to_another_device_first(fleet: Fleet) -> None:
     fleet.job(samples=1)
     worker, other = fleet.worker(0), fleet.worker(1)
@@ -1284,6 +1312,16 @@ def test_a_quarantine_releases_what_waits(fleet: Fleet) -> None:
 
     assert fleet.held(worker) == []
     assert fleet.shards(job) == ["pending"] * 5
+
+
+def test_a_quarantine_leaves_what_runs(fleet: Fleet) -> None:
+    fleet.job()
+    worker = fleet.worker()
+    running = worker.take()
+
+    fail_often(worker, 3)
+
+    assert fleet.attempt(running).state == "running"
 
 
 def test_what_a_quarantine_releases_goes_to_another_device(fleet: Fleet) -> None:
@@ -1627,17 +1665,24 @@ def test_a_row_that_is_missing_fails_the_job(fleet: Fleet) -> None:
 
 
 def test_superseded_rows_do_not_make_up_for_missing_ones(fleet: Fleet) -> None:
+    job = finish_with(fleet, scored("a"), scored("b"))
+    fleet.supersede(job)
+    worker = fleet.worker()
+    worker.complete(worker.take(), [scored("c"), scored("d")])
+    fleet.delete_row(job, "c")
+    fleet.delete_row(job, "b")
+
+    assert fleet.settle(job) is JobState.FAILED
+
+
+def test_superseded_rows_do_not_stand_in_the_way_of_settling(fleet: Fleet) -> None:
     job = fleet.job(samples=2)
     worker = fleet.worker()
     worker.finish()
     fleet.supersede(job)
     worker.finish()
-    fleet.delete_row(job, "b")
-    with fleet.database.write() as conn:
-        r = tables.result
-        conn.execute(r.delete().where(r.c.name == "s0000", r.c.superseded == 0))
 
-    assert fleet.settle(job) is JobState.FAILED
+    assert fleet.settle(job) is JobState.DONE
 
 
 def test_settling_twice_changes_nothing(fleet: Fleet) -> None:
@@ -1775,14 +1820,26 @@ def test_attempts_are_counted_by_how_they_ended(fleet: Fleet, database: Database
         assert results.attempts_by_state(conn, job.id) == {"won": 2, "crash": 1, "device": 1}
 
 
-def test_time_was_spent_by_every_attempt_that_ran(fleet: Fleet, database: Database) -> None:
+def test_time_was_spent_by_every_attempt_that_ran_and_ended(fleet: Fleet, database: Database) -> None:
     job = fleet.job(samples=8)
     worker = fleet.worker()
     worker.fail(worker.take())
     worker.complete(worker.take())
+    worker.take()
 
     with database.read() as conn:
         assert len(results.spent(conn, job.id)) == 2
+
+
+def test_times_are_those_of_attempts_that_won(fleet: Fleet, database: Database) -> None:
+    job = fleet.job(samples=8)
+    worker = fleet.worker()
+    worker.fail(worker.take())
+    worker.complete(worker.take())
+    worker.take()
+
+    with database.read() as conn:
+        assert len(results.attempt_times(conn, job.id)) == 1
 
 
 def test_a_devices_speed_is_samples_over_the_time_it_was_busy(fleet: Fleet, database: Database) -> None:

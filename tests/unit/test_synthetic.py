@@ -111,7 +111,7 @@ def test_a_damaged_file_is_written_again(tmp_path: Path) -> None:
 def test_without_scikit_image_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(synthetic, "find_spec", lambda name: None)
 
-    with pytest.raises(UsageError, match=r"pip install 'farm\[demo\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'scikit-image>=0.24'"):
         synthetic.write_imagenet(tmp_path, 1, seed=0)
 
 
