@@ -53,7 +53,11 @@ class Registration:
 
 
 def register(conn: Connection, database: Database, registration: Registration) -> int:
-    """Begin a new incarnation of a device and return its number. The old one's attempts are orphans from now on."""
+    """
+    Begin a new incarnation of a device and return its number. The old one's attempts are orphans from now on.
+
+    A quarantined device gets another chance with its new worker.
+    """
     now = database.now(conn)
     name = registration.name
     values = {
@@ -130,14 +134,24 @@ def everything(conn: Connection) -> list[Device]:
     return [_record(row) for row in rows]
 
 
+def heard(conn: Connection, database: Database, lease_s: float) -> list[Device]:
+    """Devices whose worker lives, quarantined ones too."""
+    horizon = database.now(conn) - lease_s
+    return [d for d in everything(conn) if d.state is not DeviceState.GONE and d.heartbeat >= horizon]
+
+
 def live(conn: Connection, database: Database, lease_s: float) -> list[Device]:
     """Devices that take work now."""
-    horizon = database.now(conn) - lease_s
-    return [d for d in everything(conn) if d.state == DeviceState.UP and d.heartbeat >= horizon]
+    return [d for d in heard(conn, database, lease_s) if d.state is DeviceState.UP]
+
+
+def hold(conn: Connection, name: str) -> None:
+    """Have a device's window to oneself until the transaction ends."""
+    conn.execute(select(tables.device.c.name).where(tables.device.c.name == name).with_for_update())
 
 
 def strike(conn: Connection, database: Database, name: str, count: int, why: str) -> None:
-    """Count failures against a device (or forgive with a negative count); the third in a row quarantines it."""
+    """Count failures against a device, or forgive with a negative count; the third in a row quarantines it."""
     device = tables.device.c
     row = conn.execute(select(device.strikes, device.state).where(device.name == name).with_for_update()).one()
     strikes = max(0, row.strikes + count)
@@ -145,6 +159,9 @@ def strike(conn: Connection, database: Database, name: str, count: int, why: str
     if strikes >= STRIKES and row.state == DeviceState.UP.value:
         conn.execute(update(tables.device).where(device.name == name).values(state=DeviceState.QUARANTINED.value))
         events.record(conn, database.now(conn), "device_quarantined", why, device=name)
+    elif strikes < STRIKES and row.state == DeviceState.QUARANTINED.value:
+        conn.execute(update(tables.device).where(device.name == name).values(state=DeviceState.UP.value))
+        events.record(conn, database.now(conn), "device_up", "its strikes were the work's fault", device=name)
 
 
 def clear_strikes(conn: Connection, name: str) -> None:

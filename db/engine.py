@@ -7,13 +7,14 @@ Write transactions hold the writers' lock from their first statement (``BEGIN IM
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import Connection, create_engine, event, func, inspect, select, text
-from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.engine.url import make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection, DBAPICursor
+from sqlalchemy.engine.url import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -21,17 +22,18 @@ from db.tables import SCHEMA_REVISION, metadata
 from farm.errors import InvariantBroken, StorageError, UsageError
 from farm.settings import Settings, make_home
 
-BUSY_TIMEOUT_S = 30
+#: A writer waits so long for the others: well below any sensible lease, lest waiting looks like death.
+BUSY_TIMEOUT_S = 10
 
 
 class Database:
     """A connection pool. `read` and `write` give a transaction each; threads may share one Database."""
 
-    def __init__(self, url: str, *, clock_offset_s: float = 0.0) -> None:
+    def __init__(self, url: str | URL, *, clock_offset_s: float = 0.0) -> None:
         try:
-            self.url = make_url(url)
+            self.url = make_url(url) if isinstance(url, str) else url
             self.engine = create_engine(self.url)
-        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError) as exc:
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError) as exc:
             raise UsageError(f"FARM_DATABASE_URL is no database this farm can open: {exc}") from exc
         self.is_sqlite = self.engine.dialect.name == "sqlite"
         self.clock_offset_s = clock_offset_s
@@ -45,8 +47,10 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """A snapshot; sees no half transaction and blocks no writer."""
-        with self._errors(), self.engine.connect() as conn, conn.begin():
-            yield conn
+        with self._errors(), self.engine.connect() as plain:
+            conn = plain if self.is_sqlite else plain.execution_options(isolation_level="REPEATABLE READ")
+            with conn.begin():
+                yield conn
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
@@ -60,7 +64,7 @@ class Database:
         """The one clock, in seconds since the epoch: the server's where there is one, else this host's."""
         if self.is_sqlite:
             return time.time() + self.clock_offset_s
-        return float(conn.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
+        return float(conn.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0) + self.clock_offset_s
 
     def ensure_schema(self) -> None:
         """Make the tables in an empty database; refuse one of another schema with what to do."""
@@ -99,13 +103,20 @@ class Database:
 
 def open_database(settings: Settings) -> Database:
     """The farm's database, its tables made when it is new."""
-    if settings.database_url:
-        database = Database(settings.database_url)
-    else:
-        make_home(settings)
-        database = Database(f"sqlite:///{settings.home / 'farm.db'}")
+    database = connect(settings)
     database.ensure_schema()
     return database
+
+
+def connect(settings: Settings) -> Database:
+    """The farm's database, whatever its schema."""
+    if settings.database_url:
+        return Database(settings.database_url)
+    make_home(settings)
+    path = settings.home / "farm.db"
+    if not path.exists():
+        path.touch(mode=0o600)  # for its owner alone, whatever the umask; SQLite's other files follow it
+    return Database(URL.create("sqlite", database=str(path)))
 
 
 def _revision(conn: Connection) -> str | None:
@@ -118,14 +129,27 @@ def _revision(conn: Connection) -> str | None:
 def _prepare_sqlite(dbapi: DBAPIConnection, _: ConnectionPoolEntry) -> None:
     dbapi.isolation_level = None  # sqlite3 must not begin by itself
     cursor = dbapi.cursor()
-    for pragma in (
-        f"busy_timeout={BUSY_TIMEOUT_S * 1000}",
-        "journal_mode=WAL",
-        "synchronous=NORMAL",
-        "foreign_keys=ON",
-    ):
-        cursor.execute(f"PRAGMA {pragma}")
+    cursor.execute(f"PRAGMA busy_timeout={BUSY_TIMEOUT_S * 1000}")
+    _have_wal(cursor)
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.execute("PRAGMA foreign_keys=ON")
     cursor.close()
+
+
+def _have_wal(cursor: DBAPICursor) -> None:
+    """Changing to WAL, once in a database's life, does not wait for others by itself."""
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode")
+            if cursor.fetchone() != ("wal",):
+                cursor.execute("PRAGMA journal_mode=WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _begin_sqlite(conn: Connection) -> None:

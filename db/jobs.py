@@ -182,9 +182,15 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
         return JobState.FAILED
     state = JobState.DONE_WITH_ERRORS if counts.get(ResultState.FAILED.value) else JobState.DONE
     now = database.now(conn)
-    conn.execute(update(tables.job).where(tables.job.c.id == job_id).values(state=state.value, finished=now))
-    events.record(conn, now, f"job_{state.value}", f"{found} samples", job_id=job_id)
-    return state
+    settled = conn.execute(
+        update(tables.job)
+        .where(tables.job.c.id == job_id, tables.job.c.state.in_([s.value for s in ACTIVE]))
+        .values(state=state.value, finished=now)
+    )
+    if settled.rowcount == 1:
+        events.record(conn, now, f"job_{state.value}", f"{found} samples", job_id=job_id)
+        return state
+    return get(conn, job_id).state
 
 
 def _record(row: Row[Any]) -> Job:

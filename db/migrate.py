@@ -6,18 +6,22 @@ from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.util import CommandError
 
-from db.engine import Database
+from db.engine import connect
 from db.tables import SCHEMA_REVISION
-from farm.settings import Settings, make_home
+from farm.errors import StorageError
+from farm.settings import Settings
 
 
 def upgrade(settings: Settings) -> str:
     """Run the missing migrations; the answer says what the schema is now."""
-    make_home(settings)
-    database = Database(settings.database_url or f"sqlite:///{settings.home / 'farm.db'}")
-    with database.write() as conn:
-        command.upgrade(alembic_config(conn), "head")
+    database = connect(settings)
+    try:
+        with database.write() as conn:
+            command.upgrade(alembic_config(conn), "head")
+    except CommandError as exc:
+        raise StorageError(f"{database} cannot be brought to schema {SCHEMA_REVISION}: {exc}") from exc
     database.close()
     return f"{database} has schema {SCHEMA_REVISION}"
 

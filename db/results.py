@@ -140,8 +140,10 @@ def attempts_by_state(conn: Connection, job_id: int) -> dict[str, int]:
     return counts
 
 
-def device_fps(conn: Connection, artifact_sha256: str) -> float | None:
-    """Samples a second one device managed with this artifact of late (its last 20 shards); None if never run."""
+def throughput(conn: Connection, artifact_sha256: str) -> float | None:
+    """
+    Samples a second one device managed with this artifact in its last 20 shards, copies included; None if never run.
+    """
     a, j = tables.attempt.c, tables.job.c
     query = (
         select(a.batch_ms, j.bs)

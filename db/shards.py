@@ -32,13 +32,13 @@ from farm.jobs import (
 
 #: Shards a device holds: one running, one waiting. A third adds nothing on this broker.
 WINDOW = 2
-#: Crashes and hangs of a shard after which the next attempt looks for the sample that causes them.
+#: Crashes, hangs and refused batches of a shard after which the next attempt looks for the sample that causes them.
 ISOLATE_AFTER = 2
 #: Failed attempts of a shard after which its job fails.
 MAX_FAILED = 6
 
 _LIVE = [state.value for state in LIVE]
-_BREAKING = (Failure.CRASH.value, Failure.HANG.value)
+_BREAKING = (Failure.CRASH.value, Failure.HANG.value, Failure.DATA.value)
 
 a = tables.attempt.c
 s = tables.shard.c
@@ -86,6 +86,7 @@ def assign(conn: Connection, database: Database, lease_s: float, only: str | Non
 
 def _fill(conn: Connection, now: float, device: Device, up: Sequence[Device], open_jobs: Sequence[Job]) -> list[Ring]:
     suited = {j.id: j for j in open_jobs if devices.matching([device], j.spec.artifact.backend, j.spec.devices)}
+    devices.hold(conn, device.name)  # two assigners must not count the same window
     held = conn.scalar(select(func.count()).where(a.device == device.name, a.state.in_(_LIVE))) or 0
     rings: list[Ring] = []
     while suited and held + len(rings) < WINDOW:
@@ -285,16 +286,24 @@ def _blame(
     """
     A device that fails where others do not gets a strike; a shard that fails on two devices is itself suspect.
 
-    A device that is alone cannot be compared: the isolating attempt will tell.
+    A device that is alone cannot be compared: the isolating attempt will tell. What every device there refuses, no
+    device can do: that is the job's fault, and none of theirs.
     """
     spec = assignment.job.spec
     broken = conn.execute(
-        select(a.device, a.failure).where(
-            a.shard_id == assignment.shard_id, a.state == AttemptState.FAILED.value, a.id != assignment.attempt_id
-        )
+        select(a.device, a.failure).where(a.shard_id == assignment.shard_id, a.state == AttemptState.FAILED.value)
     ).all()
+    where = f"samples {assignment.start} to {assignment.stop - 1}"
     if failure is Failure.DEVICE:
-        devices.strike(conn, database, device, 1, reason)
+        refusals = [row.device for row in broken if row.failure == Failure.DEVICE.value]
+        there = devices.heard(conn, database, lease_s)
+        serving = {d.name for d in devices.matching(there, spec.artifact.backend, spec.devices)}
+        if len(refusals) >= ISOLATE_AFTER and serving <= set(refusals):
+            for name in set(refusals):
+                devices.strike(conn, database, name, -refusals.count(name), "")
+            jobs.fail(conn, database, assignment.job.id, f"no device can do {where}: {reason}")
+        else:
+            devices.strike(conn, database, device, 1, reason)
     elif failure.value in _BREAKING:
         others = {row.device for row in broken if row.failure in _BREAKING} - {device}
         peers = devices.matching(devices.live(conn, database, lease_s), spec.artifact.backend, spec.devices)
@@ -304,8 +313,7 @@ def _blame(
             devices.strike(conn, database, device, 1, reason)
     _release_quarantined(conn, database, device)
     # What a device did wrong costs the shard no attempt: another device has yet to fail at it.
-    if sum(row.failure != Failure.DEVICE.value for row in broken) + (failure is not Failure.DEVICE) >= MAX_FAILED:
-        where = f"samples {assignment.start} to {assignment.stop - 1}"
+    if sum(row.failure != Failure.DEVICE.value for row in broken) >= MAX_FAILED:
         jobs.fail(conn, database, assignment.job.id, f"{where} failed {MAX_FAILED} times, last on {device}: {reason}")
 
 
@@ -317,8 +325,13 @@ def _release_quarantined(conn: Connection, database: Database, device: str) -> N
 
 def hand_back(conn: Connection, database: Database, device: str, incarnation: int) -> int:
     """Return what a leaving worker holds; the answer is how many attempts that were."""
-    mine = and_(a.device == device, a.incarnation == incarnation, a.state.in_(_LIVE))
+    mine = and_(a.device == device, a.incarnation == incarnation)
     return _take_back(conn, database, mine, "handed back by its worker")
+
+
+def abandon(conn: Connection, database: Database, device: str) -> int:
+    """Take back what earlier incarnations of a device hold, before the next one registers and is heard of."""
+    return _take_back(conn, database, a.device == device, "its device vanished")
 
 
 def orphans(conn: Connection, database: Database, lease_s: float) -> list[int]:
@@ -329,7 +342,7 @@ def orphans(conn: Connection, database: Database, lease_s: float) -> list[int]:
         d.state == DeviceState.GONE.value,
         d.heartbeat < database.now(conn) - lease_s,
     )
-    query = select(a.id).join(tables.device, d.name == a.device).where(a.state.in_(_LIVE), lost)
+    query = select(a.id).join(tables.device, d.name == a.device).where(a.state.in_(_LIVE), lost).order_by(a.id)
     return list(conn.execute(query).scalars())
 
 
@@ -341,21 +354,30 @@ def rescue(conn: Connection, database: Database, lease_s: float) -> int:
 
 def _take_back(conn: Connection, database: Database, which: ColumnElement[bool], reason: str) -> int:
     now = database.now(conn)
-    rows = conn.execute(select(a.id, a.shard_id, a.job_id, a.device).where(a.state.in_(_LIVE), which)).all()
-    if not rows:
-        return 0
-    conn.execute(
-        update(tables.attempt)
-        .where(a.id.in_([row.id for row in rows]))
-        .values(state=AttemptState.LOST.value, ended=now, reason=reason)
-    )
-    _reopen(conn, [row.shard_id for row in rows])
-    for row in rows:
-        events.record(
-            conn, now, "attempt_lost", reason,
-            job_id=row.job_id, shard_id=row.shard_id, attempt_id=row.id, device=row.device,
-        )  # fmt: skip
-    return len(rows)
+    d = tables.device.c
+    found = conn.execute(
+        select(a.id, a.shard_id, a.job_id, a.device, a.assigned, a.started, d.heartbeat)
+        .join(tables.device, d.name == a.device)
+        .where(a.state.in_(_LIVE), which)
+        .order_by(a.id)
+    ).all()
+    taken = 0
+    for row in found:
+        # Its device was last at work when it was last heard of, which may have been yesterday.
+        ended = min(now, max(row.heartbeat, row.started or row.assigned))
+        lost = conn.execute(
+            update(tables.attempt)
+            .where(a.id == row.id, a.state.in_(_LIVE))
+            .values(state=AttemptState.LOST.value, ended=ended, reason=reason)
+        )
+        if lost.rowcount:
+            taken += 1
+            events.record(
+                conn, now, "attempt_lost", reason,
+                job_id=row.job_id, shard_id=row.shard_id, attempt_id=row.id, device=row.device,
+            )  # fmt: skip
+    _reopen(conn, [row.shard_id for row in found])
+    return taken
 
 
 def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:
@@ -424,8 +446,15 @@ def _event(conn: Connection, now: float, kind: str, assignment: Assignment, devi
 def has_room(conn: Connection, database: Database, lease_s: float) -> bool:
     """Whether some device's window could take a shard that is pending."""
     up = devices.live(conn, database, lease_s)
-    if not up or conn.execute(select(s.id).where(s.state == ShardState.PENDING.value).limit(1)).first() is None:
+    wanting = [job for job in jobs.active(conn) if _has_pending(conn, job.id)] if up else []
+    if not wanting:
         return False
     by_device = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
     held = {row[0]: row[1] for row in conn.execute(by_device)}
-    return any(held.get(device.name, 0) < WINDOW for device in up)
+    free = [device for device in up if held.get(device.name, 0) < WINDOW]
+    return any(devices.matching(free, job.spec.artifact.backend, job.spec.devices) for job in wanting)
+
+
+def _has_pending(conn: Connection, job_id: int) -> bool:
+    query = select(s.id).where(s.job_id == job_id, s.state == ShardState.PENDING.value).limit(1)
+    return conn.execute(query).first() is not None

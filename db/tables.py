@@ -115,7 +115,7 @@ result = Table(
     "result",
     metadata,
     Column("job_id", ForeignKey("job.id"), primary_key=True, autoincrement=False),
-    Column("name", String(200), primary_key=True),
+    Column("name", String(255), primary_key=True),
     # 0: the row that counts. A row that was superseded keeps its attempt's id here.
     Column("superseded", _Id, primary_key=True, autoincrement=False, server_default="0"),
     Column("attempt_id", ForeignKey("attempt.id"), nullable=False),

@@ -123,6 +123,8 @@ def choose(data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wan
     `wanted` is a sha256 prefix or a path. Raises `UsageError` when none or several fit.
     """
     if backend == "simulated":
+        if wanted:
+            raise UsageError("--artifact does not go with --backend simulated, which runs no file")
         return simulated(spec, bs)
     everything = list(stored(data_dir, spec.name))
     fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend)]

@@ -55,6 +55,7 @@ class Failure(str, Enum):
 
     CRASH = "crash"  #: the device process ended by itself
     HANG = "hang"  #: the device process was killed at its deadline
+    DATA = "data"  #: the backend blames the batch
     NON_FINITE = "non_finite"  #: scores that are no numbers
     DEVICE = "device"  #: the device refused: load, driver, health
     JOB = "job"  #: no device can do it

@@ -1,4 +1,4 @@
-"""How a job is cut into shards. Depends on the job alone, so every farm cuts it alike."""
+"""How a job is cut into shards, once, when it is submitted. Which samples share a batch never depends on the cut."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def tick(database: Database, app: Celery, settings: Settings) -> int:
 
 
 def _kill_stale_workers(database: Database, settings: Settings) -> None:
-    """A worker stopped inside a write transaction would block every writer: end it when its lease is over."""
+    """A worker stopped inside a write transaction blocks every writer: end it when its lease is over."""
     with database.read() as conn:
         horizon = database.now(conn) - settings.lease_s
         stale = [
@@ -64,6 +64,7 @@ def _kill_stale_workers(database: Database, settings: Settings) -> None:
     for device in stale:
         with suppress(psutil.Error):
             process = psutil.Process(device.pid)
-            if abs(process.create_time() - device.pid_started) < 1:
-                log.warning("worker %d of %s has not been heard of for a lease: killed", device.pid, device.name)
+            stopped = process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+            if stopped and abs(process.create_time() - device.pid_started) < 1:
+                log.warning("worker %d of %s is stopped and its lease is over: killed", device.pid, device.name)
                 os.kill(device.pid, signal.SIGKILL)

@@ -83,12 +83,14 @@ class _Host:
         self._ephemeral = ephemeral
         self._process: subprocess.Popen[bytes] | None = None
         self._started = 0.0
+        self._seen = False  #: up since it was started
 
     def ensure(self) -> None:
         """Start a host process if there is none, without waiting for it; `FarmError` if the last start failed."""
         if is_up(self._settings):
+            self._seen = True
             return
-        if self._process is not None:
+        if self._process is not None and not self._seen:
             code = self._process.poll()
             if code is None and monotonic() - self._started < START_S:
                 return
@@ -127,14 +129,21 @@ class _Host:
                 cwd=settings.run_dir,  # python -m looks there first; a user's folder may well hold a tasks/ of its own
             )
         self._started = monotonic()
+        self._seen = False
 
 
 def stay(settings: Settings) -> None:
     """Have a farm that outlives its waiters: a new one, or the ephemeral one from now on."""
     make_home(settings)
-    _Host(settings, ephemeral=False).wait()
-    with suppress(ProcessLookupError):
-        os.kill(host_pid(settings), signal.SIGUSR1)
+    host = _Host(settings, ephemeral=False)
+    deadline = monotonic() + START_S
+    while is_ephemeral(settings):
+        host.wait()
+        if monotonic() > deadline:
+            raise FarmError(f"the local farm does not stay: {_last_words(settings)}")
+        with suppress(ProcessLookupError):
+            os.kill(host_pid(settings), signal.SIGUSR1)
+        sleep(0.05)
 
 
 def nudge(settings: Settings) -> None:

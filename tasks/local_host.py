@@ -64,6 +64,7 @@ class LocalHost:
                 sleep(POLL_S)
         finally:
             self._ended = True
+            local.info_path(settings).unlink(missing_ok=True)  # closed: whoever comes now must wait for the next one
             self._wake.set()
             # Workers first: they hand back what waits, which needs the database and no broker.
             supervisor.stop(children[1:], EPHEMERAL_GRACE_S if self._ephemeral else GRACE_S)
@@ -77,8 +78,9 @@ class LocalHost:
         self._told_to_stop = True
 
     def _stay(self, *_: object) -> None:
-        self._ephemeral = False
-        local.write_info(self._settings, ephemeral=False)
+        if not self._ended:
+            self._ephemeral = False
+            local.write_info(self._settings, ephemeral=False)
 
     def _look(self, *_: object) -> None:
         self._wake.set()

@@ -79,7 +79,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         raise UsageError(f"nothing to evaluate: --limit {request.limit}, {len(data.samples)} samples in {directory}")
     names = _device_names(settings, database, request, artifact.backend)
     with database.read() as conn:
-        measured = results.device_fps(conn, artifact.sha256)
+        measured = results.throughput(conn, artifact.sha256)
     fps = measured or (UNKNOWN_FPS if artifact.backend == "ort" else spec.reference_fps.get(request.bs, UNKNOWN_FPS))
     return Plan(
         spec=JobSpec(

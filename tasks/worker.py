@@ -29,7 +29,16 @@ from db.shards import Started
 from farm import artifacts
 from farm.data import manifest
 from farm.data.manifest import Manifest
-from farm.errors import DeviceCrashed, DeviceError, DeviceHung, FarmError, InvariantBroken, JobError, StorageError
+from farm.errors import (
+    DataError,
+    DeviceCrashed,
+    DeviceError,
+    DeviceHung,
+    FarmError,
+    InvariantBroken,
+    JobError,
+    StorageError,
+)
 from farm.jobs import Assignment, Failure, JobSpec, ShardResult
 from farm.settings import Settings, load_settings
 from farm.versions import versions
@@ -66,14 +75,15 @@ class DeviceWorker:
         self._stopping = threading.Event()
         self._busy = threading.Lock()
         self._pipeline.device.ensure()  # imports its libraries while we register and connect
+        registration = self._registration()
         with database.write() as conn:
-            self.incarnation = devices.register(conn, database, self._registration())
-        with database.write() as conn:
-            shards.rescue(conn, database, settings.lease_s)
+            shards.abandon(conn, database, device.name)
+            self.incarnation = devices.register(conn, database, registration)
             rings = shards.assign(conn, database, settings.lease_s)
         self._first_rings = rings
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._heart.start()
+        signal.signal(signal.SIGTERM, self._on_early_term)
 
     def serve(self) -> None:
         """Ring for what was assigned at once, read it ahead, and consume the queue until SIGTERM."""
@@ -108,13 +118,21 @@ class DeviceWorker:
 
     def _leave(self) -> None:
         with self._busy:  # from here on `evaluate` waits for an end that is near
-            self.close()
-            os._exit(0)
+            try:
+                self.close()
+            finally:
+                os._exit(0)
+
+    def _on_early_term(self, *_: object) -> None:
+        threading.Thread(target=self._leave).start()
 
     def close(self) -> None:
         """Leave in good order: nothing is live afterwards that this worker holds."""
         self._stopping.set()
-        self._pipeline.close()
+        try:
+            self._pipeline.close()
+        except DeviceError as exc:
+            log.error("%s: %s", self.device.name, exc)
         with self._database.write() as conn:
             shards.hand_back(conn, self._database, self.device.name, self.incarnation)
             devices.leave(conn, self._database, self.device.name, self.incarnation)
@@ -152,7 +170,7 @@ class DeviceWorker:
             result = self._pipeline.run(plan)
         except Aborted:
             return "aborted"
-        except (DeviceError, JobError) as exc:
+        except (DataError, DeviceError, JobError) as exc:
             return self._failed(assignment, exc)
         return self._complete(assignment, result)
 
@@ -286,6 +304,7 @@ def _kind(error: FarmError) -> Failure:
         DeviceCrashed: Failure.CRASH,
         DeviceHung: Failure.HANG,
         NonFinite: Failure.NON_FINITE,
+        DataError: Failure.DATA,
         JobError: Failure.JOB,
         InvariantBroken: Failure.JOB,
     }

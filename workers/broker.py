@@ -13,6 +13,7 @@ import socket
 import tempfile
 from pathlib import Path
 from time import monotonic, sleep
+from urllib.parse import quote
 
 from farm.errors import StorageError, UsageError
 from farm.settings import Settings
@@ -34,7 +35,7 @@ def socket_path(settings: Settings) -> Path:
 
 def url(settings: Settings) -> str:
     """The broker's URL as Celery spells it."""
-    return settings.broker_url or f"redis+socket://{socket_path(settings)}"
+    return settings.broker_url or f"redis+socket://{quote(str(socket_path(settings)))}"
 
 
 def server_binary() -> str:

@@ -59,7 +59,8 @@ class DeviceProcess:
         if not self._ready:
             self.receive(START_S)
             self._ready = True
-        assert self._link is not None
+        if self._link is None:
+            raise self._crashed()
         message = {"op": "load", "load": asdict(load), "bytes": ring.nbytes}
         try:
             socket.send_fds(self._link, [json.dumps(message).encode()], [ring.fd])
@@ -72,8 +73,9 @@ class DeviceProcess:
     def send(self, batch: int, given: Buffer, wanted: Buffer) -> None:
         """Have a batch run after those sent before. `DeviceCrashed` if nobody is there."""
         message = {"op": "run", "batch": batch, "in": given.offset, "out": wanted.offset}
+        if self._link is None:
+            raise self._crashed()
         try:
-            assert self._link is not None
             self._link.send(json.dumps(message).encode())
         except OSError as exc:
             raise self._crashed() from exc
@@ -90,7 +92,8 @@ class DeviceProcess:
         return answer["batch"], Times(*answer["ms"])
 
     def receive(self, timeout_s: float) -> Mapping[str, Any]:
-        assert self._link is not None
+        if self._link is None:
+            raise self._crashed()
         self._link.settimeout(max(timeout_s, 0.001))
         try:
             data = self._link.recv(MESSAGE_BYTES)
@@ -156,7 +159,10 @@ class DeviceProcess:
 def _ending(code: int | None) -> str:
     if code is None:
         return "and closed its socket"
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    try:
+        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    except ValueError:  # a real-time signal has no name
+        return f"signal {-code}"
 
 
 def _error(answer: Mapping[str, Any]) -> FarmError:

@@ -75,6 +75,7 @@ class _Run:
     post_ms: float = 0.0
     load_ms: float = 0.0
     open_batches: int = 0
+    claimed: bool = False  #: somebody waits for it; else it is only read ahead
     error: FarmError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -146,6 +147,7 @@ class Pipeline:
         """
         with self._change:
             run = self._begin(plan)
+            run.claimed = True
         try:
             run.ended.wait()
         finally:
@@ -205,6 +207,13 @@ class Pipeline:
             self._release(batch)
         self._change.notify_all()
 
+    def _fail_all(self, exc: Exception) -> None:
+        error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
+        for run in list(self._runs.values()):
+            if not run.claimed:  # it has not failed at anything: whoever claims it begins afresh
+                self._runs.pop(run.plan.attempt_id)
+            self._fail(run, error)
+
     def _release(self, batch: _Batch) -> None:
         if batch.given is not None:
             self._free_in.append(batch.given)
@@ -229,9 +238,7 @@ class Pipeline:
             except Exception as exc:
                 log.exception("pipeline thread failed")
                 with self._change:
-                    error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
-                    for run in self._runs.values():
-                        self._fail(run, error)
+                    self._fail_all(exc)
 
     def _read(self) -> None:
         while True:
@@ -245,10 +252,13 @@ class Pipeline:
             began = perf_counter()
             try:
                 self._fill(batch)
-            finally:
+            except BaseException:
                 with self._change:
                     self._in_hand -= 1
-            with self._change:
+                    self._release(batch)
+                raise
+            with self._change:  # at once out of hand and in a queue: a batch that is nowhere lets the model be switched
+                self._in_hand -= 1
                 batch.run.read_ms += 1000 * (perf_counter() - began)
                 batch.ready_at = monotonic()
                 if batch.run.error is not None:
@@ -285,6 +295,9 @@ class Pipeline:
                 if self._closing and not self._sent:
                     return
                 wanted = self._todo[0].run if self._loadable() else None
+                if wanted is not None:  # until the switch is over, no buffer is filled and no batch sent
+                    self._load = None
+                    self._free_in, self._free_out = [], []
                 batch = self._take_ready() if wanted is None and self._sendable() else None
             try:
                 if wanted is not None:
@@ -296,12 +309,14 @@ class Pipeline:
                 else:
                     self._receive(head_since)
                     head_since = monotonic()
-            except FarmError as exc:
-                self._broken(exc)
+            except Exception as exc:
+                self._broken(exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
                 head_since = monotonic()
 
     def _sendable(self) -> bool:
-        return bool(self._ready and self._free_out) and len(self._sent) < DEPTH and not self._closing
+        if self._closing or not (self._ready and self._free_out) or len(self._sent) >= DEPTH:
+            return False
+        return self._ready[0].run.plan.load == self._load
 
     def _loadable(self) -> bool:
         idle = not (self._ready or self._sent or self._done or self._in_hand)
@@ -321,9 +336,9 @@ class Pipeline:
     def _receive(self, head_since: float) -> None:
         number, times = self.device.finished(head_since + self._patience())
         with self._change:
-            batch = self._sent.popleft()
-            if id(batch) != number:
+            if id(self._sent[0]) != number:
                 raise DeviceError("the device process answered out of turn")
+            batch = self._sent.popleft()
             batch.times = times
             device_ms = sum(times)
             self._recent_ms.append(device_ms)
@@ -343,11 +358,10 @@ class Pipeline:
         ring = Ring(run.plan.load.input, run.plan.load.output)
         try:
             self.device.load(run.plan.load, ring)
-        except FarmError as exc:
+        except Exception as exc:
             ring.close()
             with self._change:
-                self._load = None
-                self._fail(run, exc)
+                self._fail(run, exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
             return
         with self._change:
             if self._ring is not None:
@@ -386,18 +400,17 @@ class Pipeline:
             self.device.load(load, ring)
             with self._change:
                 self._recent_ms.clear()
-        except FarmError as exc:
+        except Exception as exc:
             with self._change:
                 self._load = None
-                for run in list(self._runs.values()):
-                    self._fail(run, exc)
+                self._fail_all(exc)
 
     def _blame(self, batch: _Batch, error: FarmError, process_ended: bool) -> None:
         run = batch.run
         self._release(batch)
         if run.error is not None:
             return
-        if not (run.plan.isolating and process_ended):
+        if not (run.plan.isolating and (process_ended or isinstance(error, DataError))):
             names = ", ".join(batch.samples[place].name for place in batch.active)
             self._fail(run, type(error)(f"{error} (batch of {names})"))
         elif len(batch.active) == 1:
@@ -423,11 +436,14 @@ class Pipeline:
             samples = [batch.samples[place] for place in batch.active]
             try:
                 rows, bad = classify(batch.wanted.array[batch.active], samples)
-            finally:
+            except BaseException:
                 with self._change:
                     self._in_hand -= 1
                     self._release(batch)
+                raise
             with self._change:
+                self._in_hand -= 1
+                self._release(batch)
                 run = batch.run
                 run.post_ms += 1000 * (perf_counter() - began)
                 run.rows.update((row.name, row) for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,6 +36,8 @@ def down(
 
     settings = load_settings()
     local.stop(settings, timeout)
+    if local.has_waiters(settings):
+        print("somebody still waits for a job here and starts a farm of its own: end it with Ctrl-C", file=sys.stderr)
     print(f"the farm in {settings.home} is down")
 
 

@@ -49,7 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
 def _look(what: str, check: Callable[[], str]) -> Finding:
     try:
         return Finding(what=what, ok=True, text=check())
-    except FarmError as exc:
+    except (FarmError, OSError) as exc:
         return Finding(what=what, ok=False, text=str(exc))
 
 

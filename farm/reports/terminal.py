@@ -36,15 +36,15 @@ def show(report: Report, console: Console) -> None:
 
 
 def _figures(report: Report) -> Table:
-    table = Table("", "measured", "95 %", "310P3 reference", box=None, pad_edge=False)
+    table = Table("", "measured", "95 % interval", "310P3 reference", box=None, pad_edge=False)
     reference = report["reference"]
     for name, value in report["metrics"].items():
         given = reference["metrics"].get(name)
-        low, high = report["interval"][name] or (0.0, 0.0)
+        between = report["interval"][name]
         table.add_row(
             name,
             "-" if value is None else f"{value:.3f} %",
-            "-" if value is None else f"± {(high - low) / 2:.3f}",
+            "-" if between is None else f"{between[0]:.3f} to {between[1]:.3f}",
             "-" if given is None else f"{given} %",
         )
     samples = report["samples"]

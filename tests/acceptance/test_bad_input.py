@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -208,9 +209,8 @@ def test_a_full_disk_stops_a_job_that_goes_on_when_there_is_room(farm: Farm, tmp
 
 def fill(path: Path) -> None:
     """Write until the disk refuses."""
-    with pytest.raises(OSError, match="No space left"), path.open("wb", buffering=0) as file:
-        for _ in range(1 << 20):
-            file.write(b"\0" * 4096)
+    with path.open("wb", buffering=0) as file, pytest.raises(OSError, match="No space left"):
+        file.writelines(itertools.repeat(b"\0" * 4096, 1 << 20))
 
 
 def _rows(farm: Farm) -> int:

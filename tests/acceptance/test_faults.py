@@ -87,6 +87,15 @@ def test_a_device_that_fails_everything_is_quarantined_and_worked_around(faulty:
     assert "quarantined" in faulty.run("status", "1").stdout
 
 
+def test_what_every_device_refuses_fails_the_job_and_quarantines_none(faulty: Farm) -> None:
+    simulate(faulty, {"kind": "error", "sample": xxh3_of(faulty, CULPRIT)})
+    report = submit(faulty, code=1)
+    assert report["state"] == "failed"
+    assert "no device can do" in report["error"]
+    assert CULPRIT in report["error"]
+    assert {state for (state,) in faulty.sql("SELECT state FROM device")} == {"gone"}
+
+
 def test_a_slow_device_takes_fewer_samples(faulty: Farm) -> None:
     simulate(faulty, {"kind": "slow", "device": "localhost:1", "factor": 8})
     samples = {line["device"]: line["samples"] for line in submit(faulty)["devices"]}

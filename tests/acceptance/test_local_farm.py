@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import sqlite3
 from pathlib import Path
+from time import sleep
 
 import pytest
 
@@ -176,3 +178,41 @@ def test_a_cancelled_job_ends_its_submit_and_keeps_its_rows(farm: Farm, data: Pa
     assert 10 <= kept < COUNT
     assert farm.json("report", "1")["state"] == "cancelled"
     assert "already" in farm.run("cancel", "1").stdout
+
+
+@pytest.mark.parametrize("name", ["a?b c", "b#c", "b%20c"])
+def test_a_home_with_any_name_works_and_is_private(farm: Farm, name: str) -> None:
+    farm.home = farm.home / name
+    write_bins(farm.home / "data", 8)
+    write_tiny_onnx(farm.home / "data", 4)
+    assert farm.submit("--bs", "4")["state"] == "done"
+    assert (farm.home / "farm.db").stat().st_mode & 0o077 == 0
+
+
+def test_up_right_after_a_killed_submit_is_up_for_good(farm: Farm, data: Path) -> None:
+    command = farm.start("submit", "lvvit", "--bs", "4")
+    interrupted_at(farm, 1)
+    command.kill()
+    command.communicate()
+    sleep(0.4)  # the ephemeral farm is on its way out, its lock still held
+    farm.run("up")
+    sleep(4)
+    assert len(farm.pids("tasks.local_host")) == 1
+    farm.run("down")
+
+
+def test_a_database_locked_by_others_for_longer_than_a_lease_kills_no_worker(farm: Farm, data: Path) -> None:
+    farm.env.update(FARM_HEARTBEAT_S="0.5", FARM_LEASE_S="2")
+    farm.run("up")
+    command = farm.start("submit", "lvvit", "--bs", "4", "--json")
+    interrupted_at(farm, 1)
+    with sqlite3.connect(farm.home / "farm.db", isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        sleep(5)
+        other.execute("ROLLBACK")
+    other.close()
+    assert command.wait(90) == 0
+    command.communicate()
+    assert {i for (i,) in farm.sql("SELECT incarnation FROM device")} == {1}
+    assert_one_row_a_sample(farm, 1, NAMES)
+    farm.run("down")

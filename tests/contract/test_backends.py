@@ -299,9 +299,12 @@ def test_a_fault_strikes_the_device_it_names(device: str, strikes: bool) -> None
     assert spoilt(backend, images(2)) == [strikes, strikes]
 
 
-def test_a_fault_strikes_only_where_all_it_names_fits() -> None:
+@pytest.mark.parametrize("names", [{"sample": "0" * 16}, {"batch": 2}, {"device": "h:7"}])
+def test_a_fault_strikes_only_where_all_it_names_fits(names: Mapping[str, object]) -> None:
     batch = images(2)
-    backend = simulate(faults=[{"kind": "nan", "batch": 1, "sample": hash_of(images(1, seed=9)[0])}])
+    fitting = {"sample": hash_of(batch[0]), "batch": 1, "device": "h:0"}
+
+    backend = simulate(faults=[{"kind": "error", **fitting, **names}])
 
     assert spoilt(backend, batch) == [False, False]
 

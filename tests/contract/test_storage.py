@@ -1405,10 +1405,11 @@ def test_a_shard_that_broke_one_device_is_not_isolating(fleet: Fleet, failure: F
 
 def test_a_shard_that_devices_refused_is_not_isolating(fleet: Fleet) -> None:
     fleet.job(samples=1)
-    worker = fleet.worker()
-    fail_often(worker, 2, Failure.DEVICE)
+    first, second, third = (fleet.worker(index) for index in range(3))
+    for worker in (first, second):
+        worker.fail(worker.take(), Failure.DEVICE)
 
-    assert not worker.take().isolating
+    assert not third.take().isolating
 
 
 def test_other_shards_are_not_isolating(fleet: Fleet) -> None:
@@ -1477,15 +1478,76 @@ def test_five_failures_of_a_shard_do_not_fail_its_job(fleet: Fleet) -> None:
     assert fleet.state_of(job) is JobState.RUNNING
 
 
-def test_what_devices_did_wrong_does_not_fail_a_job(fleet: Fleet) -> None:
+def test_what_some_devices_refuse_does_not_fail_a_job(fleet: Fleet) -> None:
     job = fleet.job(samples=1)
+    workers = [fleet.worker(index) for index in range(4)]
 
-    for _ in range(4):
-        worker = fleet.worker()
-        fleet.rescue()
-        fail_often(worker, 2, Failure.DEVICE)
+    for worker in workers[:3]:
+        worker.fail(worker.take(), Failure.DEVICE)
 
     assert fleet.state_of(job) is JobState.RUNNING
+
+
+def test_what_every_device_refuses_fails_the_job_and_is_held_against_none(fleet: Fleet) -> None:
+    job = fleet.job(samples=1)
+    workers = [fleet.worker(index) for index in range(3)]
+
+    for worker in workers:
+        worker.fail(worker.take(), Failure.DEVICE, "no such operator")
+
+    assert fleet.state_of(job) is JobState.FAILED
+    assert "no device can do samples 0 to 0: no such operator" in fleet.again(job).error
+    assert [worker.device.strikes for worker in workers] == [0, 0, 0]
+
+
+def test_what_a_lone_device_refuses_twice_fails_the_job(fleet: Fleet) -> None:
+    job = fleet.job(samples=1)
+    worker = fleet.worker()
+
+    fail_often(worker, 2, Failure.DEVICE)
+
+    assert fleet.state_of(job) is JobState.FAILED
+
+
+def test_a_batch_that_the_backend_blames_twice_is_isolated(fleet: Fleet) -> None:
+    fleet.job(samples=1)
+    worker = fleet.worker()
+
+    fail_often(worker, 2, Failure.DATA)
+
+    assert worker.take().isolating
+
+
+def test_a_device_whose_strikes_were_the_works_fault_takes_work_again(fleet: Fleet) -> None:
+    worker = fleet.worker()
+    with fleet.database.write() as conn:
+        devices.strike(conn, fleet.database, worker.name, 3, "three bad shards")
+        devices.strike(conn, fleet.database, worker.name, -1, "")
+
+    assert worker.device.state is DeviceState.UP
+
+
+def test_an_attempt_lost_overnight_ended_when_its_device_was_last_heard_of(fleet: Fleet) -> None:
+    fleet.job(samples=1)
+    attempt = fleet.worker().take()
+    with fleet.database.read() as conn:
+        before = fleet.database.now(conn)
+    fleet.later(36_000)
+
+    with fleet.database.write() as conn:
+        shards.abandon(conn, fleet.database, "h:0")
+        ((_, ended),) = results.spent(conn, attempt.job.id)
+
+    assert ended <= before + 1
+
+
+def test_settling_does_not_overwrite_a_cancelled_job(fleet: Fleet) -> None:
+    job = fleet.job(samples=1)
+    worker = fleet.worker()
+    worker.complete(worker.take())
+    fleet.cancel(job)
+
+    assert fleet.settle(job) is JobState.CANCELLED
 
 
 def test_attempts_that_were_lost_do_not_fail_a_job(fleet: Fleet) -> None:
@@ -1848,14 +1910,14 @@ def test_a_devices_speed_is_samples_over_the_time_it_was_busy(fleet: Fleet, data
     fleet.worker().finish()
 
     with database.read() as conn:
-        assert results.device_fps(conn, job.spec.artifact.sha256) == pytest.approx(4 / 10.75e-3)
+        assert results.throughput(conn, job.spec.artifact.sha256) == pytest.approx(4 / 10.75e-3)
 
 
 def test_an_artifact_that_never_ran_has_no_speed(fleet: Fleet, database: Database) -> None:
     job = fleet.job()
 
     with database.read() as conn:
-        assert results.device_fps(conn, job.spec.artifact.sha256) is None
+        assert results.throughput(conn, job.spec.artifact.sha256) is None
 
 
 # -- many at once ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -28,7 +29,10 @@ from farm.jobs import ResultState, SampleResult
 from tests.datasets import LVVIT, load_bin, write_bins, write_tiny_onnx
 from workers.backends.base import Load, TensorSpec
 from workers.backends.simulated import scores
+from workers.device import DeviceProcess
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
+from workers.postprocess import classify
+from workers.ring import Ring
 
 SHAPE, CLASSES, BS = (3, 4, 4), 10, 4
 ROOT = Path(__file__).parents[2]
@@ -154,6 +158,13 @@ def runs(pid: int) -> bool:
         return False
 
 
+def rings() -> int:
+    """How many descriptors of rings this process has."""
+    gc.collect()
+    links = [os.path.join("/proc/self/fd", name) for name in os.listdir("/proc/self/fd")]
+    return sum("farm-ring" in os.readlink(link) for link in links if os.path.lexists(link))
+
+
 # -- a shard -----------------------------------------------------------------------------------------------------
 
 
@@ -240,11 +251,12 @@ def test_another_model_can_be_read_ahead_of(pipeline: Pipeline, data: Data) -> N
 
 
 def test_a_shard_that_was_read_ahead_is_run_once(pipeline: Pipeline, data: Data) -> None:
-    plan = plan_of(data)
+    """It has three batches; a fourth would crash."""
+    plan = plan_of(data, simulated({"kind": "crash", "batch": 4}))
     pipeline.read_ahead(plan)
     pipeline.read_ahead(plan)
 
-    assert len(pipeline.run(plan).batch_ms) == 3
+    assert pipeline.run(plan).samples == answers(data.samples)
 
 
 def test_a_shard_that_was_read_ahead_is_under_way(pipeline: Pipeline, data: Data) -> None:
@@ -269,6 +281,24 @@ def test_after_a_model_that_does_not_load_another_one_does(pipeline: Pipeline, d
         pipeline.run(plan_of(data, simulated(speed=3)))
 
     assert pipeline.run(plan_of(data, attempt_id=2)).samples == answers(data.samples)
+
+
+def test_after_a_model_that_does_not_load_the_one_before_is_loaded_again(impatient: Pipeline, data: Data) -> None:
+    impatient.run(plan_of(data))
+    with pytest.raises(JobError):
+        impatient.run(plan_of(data, simulated(speed=3), attempt_id=2))
+
+    assert impatient.run(plan_of(data, attempt_id=3)).samples == answers(data.samples)
+
+
+def test_models_that_take_each_others_place_leave_no_memory_behind(pipeline: Pipeline, data: Data) -> None:
+    pipeline.run(plan_of(data))
+    before = rings()
+
+    for bs in (1, 2, 3):
+        pipeline.run(plan_of(data, simulated(bs=bs), attempt_id=1 + bs))
+
+    assert rings() == before
 
 
 # -- samples that cannot be used ---------------------------------------------------------------------------------
@@ -366,6 +396,16 @@ def test_scores_that_are_no_numbers_again_fail_their_sample_and_no_other(pipelin
 
     assert reasons(rows) == {"s6": "its scores are not finite numbers, on two attempts"}
     assert scored(rows) == answers(data.samples[:6] + data.samples[7:])
+
+
+@pytest.mark.parametrize("score", [np.nan, np.inf, -np.inf])
+def test_one_score_that_is_no_number_is_enough(data: Data, score: float) -> None:
+    table = np.zeros((2, CLASSES), dtype=np.float32)
+    table[1, 3] = score
+
+    rows, bad = classify(table, data.samples[:2])
+
+    assert ([row.name for row in rows], bad) == (["s0"], [data.samples[1]])
 
 
 def test_scores_that_are_no_numbers_leave_the_device_process_alone(pipeline: Pipeline, data: Data) -> None:
@@ -538,6 +578,7 @@ def test_dropping_leaves_the_others_alone(pipeline: Pipeline, data: Data) -> Non
 
     pipeline.drop({first.attempt_id, 99})
 
+    assert pipeline.attempts() == {second.attempt_id}
     assert pipeline.run(second).samples == answers(data.samples)
 
 
@@ -582,13 +623,18 @@ def test_the_terminals_interrupt_does_not_reach_the_device_process(pipeline: Pip
     assert pipeline.device.starts == 1
 
 
-def test_a_device_process_outlives_the_thread_that_asked_for_it(pipeline: Pipeline, data: Data) -> None:
-    asking = threading.Thread(target=pipeline.device.ensure)
-    asking.start()
-    asking.join()
+def test_a_device_process_outlives_the_thread_that_asked_for_it() -> None:
+    load = simulated()
+    ring = Ring(load.input, load.output)
+    with closing(DeviceProcess()) as device:
+        asking = threading.Thread(target=device.load, args=(load, ring))
+        asking.start()
+        asking.join()
 
-    assert pipeline.run(plan_of(data)).samples == answers(data.samples)
-    assert pipeline.device.starts == 1
+        device.send(7, ring.inputs[0], ring.outputs[0])
+
+        assert device.finished(monotonic() + 60)[0] == 7
+    ring.close()
 
 
 #: A worker whose device hangs; it says which process that is.

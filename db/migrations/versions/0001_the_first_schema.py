@@ -108,7 +108,7 @@ def upgrade() -> None:
     op.create_table(
         "result",
         sa.Column("job_id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), autoincrement=False, nullable=False),
-        sa.Column("name", sa.String(length=200), nullable=False),
+        sa.Column("name", sa.String(length=255), nullable=False),
         sa.Column(
             "superseded",
             sa.BigInteger().with_variant(sa.Integer(), "sqlite"),
