@@ -582,6 +582,45 @@ def test_dropping_leaves_the_others_alone(pipeline: Pipeline, data: Data) -> Non
     assert pipeline.run(second).samples == answers(data.samples)
 
 
+def test_a_shard_dropped_while_its_model_loads_does_not_mix_the_models(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(plan_of(data))
+    loading, go_on, load = threading.Event(), threading.Event(), pipeline.device.load
+
+    def slow_load(which: Load, ring: Ring) -> None:
+        loading.set()
+        assert go_on.wait(10)
+        load(which, ring)
+
+    monkeypatch.setattr(pipeline.device, "load", slow_load)
+    pipeline.read_ahead(plan_of(data, simulated(bs=2), attempt_id=2))
+    assert loading.wait(10)
+    pipeline.read_ahead(plan_of(data, attempt_id=3))
+    pipeline.drop([2])
+    sleep(0.2)  # time for the reader to be tempted
+    go_on.set()
+
+    assert list(pipeline.run(plan_of(data, attempt_id=3)).samples) == answers(data.samples)
+
+
+def test_a_reader_that_breaks_ends_its_shards_and_keeps_its_buffers(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.run(plan_of(data))
+
+    def broken(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("workers.pipeline.read_bin", broken)
+        for attempt_id in range(2, 9):
+            with pytest.raises(DeviceError, match="MemoryError"):
+                pipeline.run(plan_of(data, attempt_id=attempt_id))
+
+    assert list(pipeline.run(plan_of(data, attempt_id=9)).samples) == answers(data.samples)
+
+
 def test_closing_aborts_the_shard_under_way(data: Data) -> None:
     pipeline = Pipeline(deadline_s=60.0)
     with ThreadPoolExecutor(1) as pool:
