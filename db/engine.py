@@ -77,13 +77,21 @@ class Database:
                     conn.execute(text("CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL PRIMARY KEY)"))
                     conn.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": SCHEMA_REVISION})
                 revision = _revision(conn)
+        self._refuse_newer(revision)
+        if revision != SCHEMA_REVISION:
+            raise StorageError(f"{self} has schema {revision}, this farm needs {SCHEMA_REVISION}: run farm db upgrade")
+
+    def refuse_newer(self) -> None:
+        """`StorageError` for a database that a newer farm made."""
+        with self.read() as conn:
+            self._refuse_newer(_revision(conn))
+
+    def _refuse_newer(self, revision: str | None) -> None:
         if revision is not None and revision > SCHEMA_REVISION:
             raise StorageError(
                 f"{self} has schema {revision}, newer than this farm's {SCHEMA_REVISION}: upgrade the farm "
                 "(nothing was changed)"
             )
-        if revision != SCHEMA_REVISION:
-            raise StorageError(f"{self} has schema {revision}, this farm needs {SCHEMA_REVISION}: run farm db upgrade")
 
     def close(self) -> None:
         self.engine.dispose()

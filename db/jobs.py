@@ -173,7 +173,7 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
     )
     counts = {row[0]: row[1] for row in conn.execute(by_state)}
     job = get(conn, job_id)
-    if job.state.is_final:
+    if job.state.is_final or job_id not in finished_but_open(conn):
         return job.state
     found = sum(counts.values())
     if found != job.spec.samples:

@@ -17,6 +17,7 @@ from farm.settings import Settings
 def upgrade(settings: Settings) -> str:
     """Run the missing migrations; the answer says what the schema is now."""
     database = connect(settings)
+    database.refuse_newer()
     try:
         with database.write() as conn:
             command.upgrade(alembic_config(conn), "head")

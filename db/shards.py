@@ -205,14 +205,25 @@ def complete(
             return assign(conn, database, lease_s, only=device)
     except _Fenced:
         with database.write() as conn:
-            now = database.now(conn)
-            conn.execute(
-                update(tables.attempt)
-                .where(a.id == assignment.attempt_id, a.state.in_([*_LIVE, AttemptState.LOST.value]))
-                .values(state=AttemptState.FENCED.value, ended=now)
-            )
-            _event(conn, now, "fenced", assignment, device, "came back after its shard was taken away")
+            _fence(conn, database.now(conn), assignment, device, incarnation)
         return None
+
+
+def _fence(conn: Connection, now: float, assignment: Assignment, device: str, incarnation: int) -> None:
+    """Say that an attempt came too late; nothing for an attempt that is another's, or still to be taken up."""
+    fenced = conn.execute(
+        update(tables.attempt)
+        .where(
+            a.id == assignment.attempt_id,
+            a.device == device,
+            a.incarnation == incarnation,
+            a.state.in_([AttemptState.RUNNING.value, AttemptState.LOST.value]),
+        )
+        .values(state=AttemptState.FENCED.value, ended=now)
+    )
+    if fenced.rowcount:
+        _reopen(conn, [assignment.shard_id])
+        _event(conn, now, "fenced", assignment, device, "came back after its shard was taken away")
 
 
 def _win(

@@ -7,12 +7,13 @@ A file's sha256 is its identity everywhere; names are for people.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from farm.errors import DataError, UsageError
 from farm.zoo.spec import ModelSpec, Tensor
@@ -89,12 +90,13 @@ def write_sidecar(directory: Path, artifact: Artifact) -> Path:
 def read_sidecar(path: Path) -> Artifact:
     """`DataError` for a sidecar that is none or of a newer schema."""
     try:
-        artifact = Artifact.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as exc:
+        fields = json.loads(path.read_bytes())
+        version = fields.get("version", VERSION)
+        if version <= VERSION:
+            return Artifact.model_validate(fields)
+    except (OSError, AttributeError, TypeError, ValueError) as exc:  # pydantic's and json's errors are ValueErrors
         raise DataError(f"{path} is no artifact sidecar: {exc}. Export the model again.") from exc
-    if artifact.version > VERSION:
-        raise DataError(f"{path} has version {artifact.version}, this farm knows up to {VERSION}: upgrade the farm")
-    return artifact
+    raise DataError(f"{path} has version {version}, this farm knows up to {VERSION}: upgrade the farm")
 
 
 def directory(data_dir: Path, model: str) -> Path:

@@ -11,8 +11,13 @@ import ctypes
 import os
 import signal
 import sys
+from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+
+#: Where our packages are. ``python -m`` looks in its working directory first, and a user's may well hold a tasks/ of
+#: its own: give every child of ours this one.
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def die_with_parent(parent_pid: int) -> None:

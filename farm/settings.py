@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from farm.errors import StorageError, UsageError
 class Settings(BaseSettings):
     """One process's settings; hand it down, never read the environment elsewhere."""
 
-    model_config = SettingsConfigDict(env_prefix="FARM_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="FARM_", env_ignore_empty=True, frozen=True, extra="ignore")
 
     home: Path = Field(default_factory=lambda: user_data_path("farm"))  #: state: database, run/, log/
     data: Path | None = None  #: bins and artifacts; `data_dir` says where when unset
@@ -81,8 +82,7 @@ def make_home(settings: Settings) -> None:
     for directory in (settings.home, settings.run_dir, settings.log_dir):
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            (directory / ".writable").touch()
-            (directory / ".writable").unlink()
+            tempfile.TemporaryFile(dir=directory).close()
         except OSError as exc:
             raise StorageError(
                 f"cannot write in {directory}: {exc.strerror}. Set FARM_HOME to a directory of yours."

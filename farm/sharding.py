@@ -17,12 +17,13 @@ def cut(samples: int, bs: int, *, per_shard: int, devices: int) -> list[tuple[in
         raise ValueError(f"cannot cut {samples} samples, bs {bs}, {devices} devices")
     batches = -(-samples // bs)
     whole = max(1, min(per_shard // bs, samples // (4 * devices * bs)))
+    tail = batches * TAIL
     shards = []
     batch = 0
     while batch < batches:
         left = batches - batch
-        # In the tail a device takes at most half of its fair share of what is left.
-        size = whole if left > batches * TAIL else max(1, min(whole, left // (2 * devices)))
+        # Where a whole one would bite into the tail, a device takes at most half of its fair share of what is left.
+        size = whole if left - whole >= tail else max(1, min(whole, left // (2 * devices)))
         shards.append((batch * bs, min((batch + size) * bs, samples)))
         batch += size
     return shards

@@ -21,6 +21,7 @@ from time import monotonic, sleep
 from typing import Any
 
 from farm.errors import FarmError, UsageError
+from farm.leash import ROOT
 from farm.settings import Settings, make_home
 
 #: A host that is not up by then has said why in its log.
@@ -126,7 +127,7 @@ class _Host:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                cwd=settings.run_dir,  # python -m looks there first; a user's folder may well hold a tasks/ of its own
+                cwd=ROOT,
             )
         self._started = monotonic()
         self._seen = False

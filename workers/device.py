@@ -22,6 +22,7 @@ from typing import Any
 
 from farm import errors
 from farm.errors import DeviceCrashed, DeviceError, DeviceHung, FarmError
+from farm.leash import ROOT
 from workers.backends.base import Load, Times
 from workers.device_process import MESSAGE_BYTES
 from workers.ring import Buffer, Ring
@@ -38,6 +39,7 @@ class DeviceProcess:
         self._link: socket.socket | None = None
         self._ready = False
         self.starts = 0
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -47,6 +49,8 @@ class DeviceProcess:
         """Have a process, without waiting for it to be ready. `DeviceError` when it cannot be started."""
         if self._process is not None and self._link is None:
             self.kill()  # a stuck one: perhaps it has died by now
+        if self._closed:
+            raise DeviceError("the device was closed")
         if self._process is None:
             try:
                 self._starter.submit(self._start).result()
@@ -124,7 +128,8 @@ class DeviceProcess:
             raise DeviceError(f"device process {process.pid} does not die; the device is stuck") from exc
 
     def close(self) -> None:
-        """End the process, gently if it listens."""
+        """End the process, gently if it listens, for good."""
+        self._closed = True
         if self._link is not None and self._process is not None:
             self._link.close()
             self._link = None
@@ -138,7 +143,9 @@ class DeviceProcess:
         with theirs:
             command = [sys.executable, "-m", "workers.device_process", str(os.getpid()), str(theirs.fileno())]
             try:
-                self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+                self._process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT
+                )
             except BaseException:
                 ours.close()
                 raise

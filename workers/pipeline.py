@@ -75,6 +75,7 @@ class _Run:
     post_ms: float = 0.0
     load_ms: float = 0.0
     open_batches: int = 0
+    broke: list[str] = field(default_factory=list)  #: how samples broke the device, while isolating
     claimed: bool = False  #: somebody waits for it; else it is only read ahead
     error: FarmError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
@@ -155,6 +156,8 @@ class Pipeline:
                 self._runs.pop(plan.attempt_id, None)
         if run.error is not None:
             raise run.error
+        if len(run.broke) == len(plan.samples) > 1:
+            raise DeviceCrashed(f"every sample breaks the device process: {run.broke[0]}")
         return run.result()
 
     def read_ahead(self, plan: Plan) -> None:
@@ -178,12 +181,17 @@ class Pipeline:
         """Stop the threads and the device process. Runs under way are aborted."""
         with self._change:
             self._closing = True
-            for run in self._runs.values():
+            for run in list(self._runs.values()):
                 self._fail(run, Aborted("the worker is leaving"))
             self._change.notify_all()
         for thread in self._threads:
             thread.join(CLOSE_S)
         self.device.close()
+        for thread in self._threads:
+            thread.join(CLOSE_S)  # one that waited for a hanging device has been woken by its end
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
 
     # -- under the lock ------------------------------------------------------------------------------------------
 
@@ -191,6 +199,9 @@ class Pipeline:
         if plan.attempt_id in self._runs:
             return self._runs[plan.attempt_id]
         run = self._runs[plan.attempt_id] = _Run(plan)
+        if self._closing:
+            self._fail(run, Aborted("the worker is leaving"))
+            return run
         batches = [plan.samples[i : i + plan.bs] for i in range(0, len(plan.samples), plan.bs)]
         run.open_batches = len(batches)
         self._todo.extend(_Batch(run, samples, list(range(len(samples)))) for samples in batches)
@@ -392,7 +403,7 @@ class Pipeline:
                 else:
                     self._release(batch)
             load, ring = self._load, self._ring
-        if load is None or ring is None:
+        if load is None or ring is None or self._closing:
             return
         try:
             if not process_ended:
@@ -414,6 +425,7 @@ class Pipeline:
             names = ", ".join(batch.samples[place].name for place in batch.active)
             self._fail(run, type(error)(f"{error} (batch of {names})"))
         elif len(batch.active) == 1:
+            run.broke.append(str(error))
             run.fail_sample(batch.samples[batch.active[0]], f"breaks the device process: {error}")
             self._finish(batch)
         else:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 
+from farm.leash import ROOT
+
 #: A child that lived so long gets its next start at once.
 STEADY_S = 3.0
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
@@ -81,6 +83,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.env},
                 start_new_session=True,
+                cwd=ROOT,
             )
         self._started = now
 

@@ -2007,3 +2007,49 @@ def test_a_rescue_and_a_late_commit_at_once_leave_one_truth(fleet: Fleet) -> Non
 
     assert lives(fleet, ["won"]) == [1] * 10
     assert fleet.settle(job) is JobState.DONE
+
+
+# -- what must not be taken for an end ---------------------------------------------------------------------------
+
+
+def test_a_job_with_open_shards_is_not_settled(fleet: Fleet) -> None:
+    job = fleet.job(samples=4)
+    worker = fleet.worker()
+    worker.complete(worker.take())
+    worker.take()
+
+    fleet.settle(job)
+
+    assert fleet.state_of(job) is JobState.RUNNING
+
+
+def test_an_attempt_that_another_worker_completes_stays_live(fleet: Fleet) -> None:
+    fleet.job(samples=1)
+    worker = fleet.worker(0)
+    assignment = worker.take()
+
+    fleet.worker(1).complete(assignment)
+
+    assert worker.complete(assignment) is not None
+
+
+def test_an_attempt_that_was_not_started_stays_assigned(fleet: Fleet) -> None:
+    fleet.job(samples=1)
+    worker = fleet.worker()
+    (ring,) = fleet.assign()
+
+    worker.complete(ring.assignment)
+
+    assert worker.start(ring.assignment.attempt_id) is not None
+
+
+def test_a_device_that_another_clears_is_released_from_quarantine(fleet: Fleet) -> None:
+    fleet.job(samples=3)
+    first, second = fleet.worker(0), fleet.worker(1)
+    fail_often(first, 3, Failure.CRASH)
+    quarantined = first.device.state
+
+    while (taken := second.try_to_take()) and taken.attempt == 2:
+        second.fail(taken, Failure.CRASH)
+
+    assert (quarantined, first.device.state) == (DeviceState.QUARANTINED, DeviceState.UP)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from threading import Barrier
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +20,7 @@ from sqlalchemy import select, text
 from db import migrate, tables
 from db.engine import Database, open_database
 from farm.errors import StorageError, UsageError
-from farm.settings import Settings
+from farm.settings import Settings, make_home
 from tests.contract.conftest import Fleet, samples_of
 
 
@@ -308,3 +310,31 @@ def test_what_was_committed_is_there_after_the_disk_was_full(settings: Settings,
 
     with closing(Database(url_of(settings))) as database, database.read() as conn:
         assert conn.scalar(select(tables.job.c.id)) == job.id
+
+
+def test_many_at_once_make_one_home(settings: Settings) -> None:
+    at_once(lambda: make_home(settings))
+
+
+def test_many_at_once_make_one_database(settings: Settings) -> None:
+    at_once(lambda: open_database(settings).close())
+
+
+def test_upgrading_a_database_of_a_newer_schema_is_refused(settings: Settings) -> None:
+    made(settings)
+    stamp(settings, "9999")
+
+    with pytest.raises(StorageError, match="newer than this farm"):
+        migrate.upgrade(settings)
+
+
+def at_once(call: Callable[[], object], times: int = 6) -> None:
+    together = Barrier(times)
+
+    def run() -> None:
+        together.wait()
+        call()
+
+    with ThreadPoolExecutor(times) as pool:
+        for future in [pool.submit(run) for _ in range(times)]:
+            future.result()

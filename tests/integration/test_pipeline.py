@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
@@ -257,6 +257,7 @@ def test_a_shard_that_was_read_ahead_is_run_once(pipeline: Pipeline, data: Data)
     pipeline.read_ahead(plan)
 
     assert pipeline.run(plan).samples == answers(data.samples)
+    assert pipeline.device.starts == 1
 
 
 def test_a_shard_that_was_read_ahead_is_under_way(pipeline: Pipeline, data: Data) -> None:
@@ -702,3 +703,57 @@ def test_a_hanging_device_process_dies_with_its_killed_worker(tmp_path: Path) ->
         worker.kill()
 
     assert eventually(lambda: not runs(device), timeout_s=5.0)
+
+
+def test_closing_leaves_no_descriptor_behind(data: Data) -> None:
+    before = descriptors()
+    with closing(Pipeline(deadline_s=60.0)) as pipeline:
+        pipeline.run(plan_of(data))
+
+    del pipeline
+    assert descriptors() == before
+
+
+def test_closing_during_a_hang_leaves_no_process_behind(data: Data, tmp_path: Path) -> None:
+    before = psutil.Process().children(recursive=True)
+    pipeline = Pipeline(deadline_s=60.0)
+    pipeline.read_ahead(plan_of(data, simulated({"kind": "hang", "once": str(tmp_path / "hanging")})))
+    assert eventually((tmp_path / "hanging").exists)
+
+    pipeline.close()
+
+    assert psutil.Process().children(recursive=True) == before
+
+
+def test_a_shard_after_the_close_is_aborted(data: Data) -> None:
+    pipeline = Pipeline(deadline_s=60.0)
+    pipeline.close()
+
+    with ThreadPoolExecutor(1) as pool, pytest.raises(Aborted):
+        pool.submit(pipeline.run, plan_of(data)).result(5)
+
+
+def test_isolating_does_not_blame_the_samples_for_a_device_that_always_crashes(pipeline: Pipeline, data: Data) -> None:
+    with pytest.raises(DeviceCrashed, match="every sample"):
+        pipeline.run(plan_of(data, simulated({"kind": "crash"}), stop=4, isolating=True))
+
+
+@pytest.mark.parametrize("package", ["farm", "workers"])
+def test_a_folder_of_the_users_of_that_name_is_not_imported(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    (tmp_path / package).mkdir()
+    (tmp_path / package / "__init__.py").write_text("raise SystemExit('a stranger')")
+    monkeypatch.chdir(tmp_path)
+
+    with closing(Pipeline(deadline_s=60.0)) as pipeline:
+        assert list(pipeline.run(plan_of(data)).samples) == answers(data.samples)
+
+
+def descriptors() -> list[str]:
+    gc.collect()
+    found = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            found.append(os.readlink(descriptor))
+    return sorted(found)

@@ -197,3 +197,10 @@ def test_a_simulated_artifact_has_the_models_tensors() -> None:
     artifact = artifacts.simulated(LVVIT, 4)
 
     assert (artifact.input.shape, artifact.output.shape) == ((4, 3, 224, 224), (4, 1000))
+
+
+def test_a_sidecar_of_a_newer_version_with_other_fields_asks_for_a_newer_farm(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"version": 2, "network": "lvvit"}')
+
+    with pytest.raises(DataError, match="upgrade the farm"):
+        artifacts.read_sidecar(tmp_path / "x.json")

@@ -177,3 +177,9 @@ def test_a_home_that_is_a_file_is_a_storage_error_that_says_what_to_set(configur
 def test_a_home_where_none_can_be_made_is_a_storage_error_that_says_what_to_set(configured: Configured) -> None:
     with pytest.raises(StorageError, match=r"cannot write in /proc/farm: .* Set FARM_HOME"):
         make_home(configured(HOME="/proc/farm"))
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARM_HOME", "")
+
+    assert load_settings().home != Path.cwd()
