@@ -152,8 +152,8 @@ def _have_wal(cursor: DBAPICursor) -> None:
             cursor.execute("PRAGMA journal_mode")
             if cursor.fetchone() != ("wal",):
                 cursor.execute("PRAGMA journal_mode=WAL")
-        except sqlite3.OperationalError:
-            if time.monotonic() > deadline:
+        except sqlite3.OperationalError as exc:
+            if "locked" not in str(exc) or time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
         else:

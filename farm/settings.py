@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from farm.errors import StorageError, UsageError
@@ -44,6 +44,20 @@ class Settings(BaseSettings):
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         return value and value.expanduser().absolute()
+
+    @field_validator("database_url")
+    @classmethod
+    def _sqlite_by_absolute_path(cls, value: str) -> str:
+        if re.match(r"sqlite[+\w]*:///?(?!/)", value):
+            raise ValueError("SQLite needs an absolute path here: sqlite:////path/to/farm.db")
+        return value
+
+    @field_validator("lease_s")
+    @classmethod
+    def _lease_outlasts_a_missed_heartbeat(cls, value: float, info: ValidationInfo) -> float:
+        if value < 2 * info.data.get("heartbeat_s", 0):
+            raise ValueError("a lease is at least two heartbeats (FARM_HEARTBEAT_S)")
+        return value
 
     @cached_property
     def data_dir(self) -> Path:

@@ -128,6 +128,7 @@ class _Host:
                 stderr=log,
                 start_new_session=True,
                 cwd=ROOT,
+                env={**os.environ, "FARM_HOME": str(settings.home), "FARM_DATA": str(settings.data_dir)},
             )
         self._started = monotonic()
         self._seen = False

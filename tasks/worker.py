@@ -130,12 +130,11 @@ class DeviceWorker:
         """Leave in good order: nothing is live afterwards that this worker holds."""
         self._stopping.set()
         try:
+            with self._database.write() as conn:  # first, for a hanging device takes longer to leave than we may have
+                shards.hand_back(conn, self._database, self.device.name, self.incarnation)
+                devices.leave(conn, self._database, self.device.name, self.incarnation)
+        finally:
             self._pipeline.close()
-        except DeviceError as exc:
-            log.error("%s: %s", self.device.name, exc)
-        with self._database.write() as conn:
-            shards.hand_back(conn, self._database, self.device.name, self.incarnation)
-            devices.leave(conn, self._database, self.device.name, self.incarnation)
 
     def evaluate(self, attempt_id: int) -> str:
         """One attempt from doorbell to commit; the answer is a word for the log."""

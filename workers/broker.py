@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import socket
 import tempfile
 from pathlib import Path
-from time import monotonic, sleep
 from urllib.parse import quote
 
 from farm.errors import StorageError, UsageError
@@ -79,20 +77,6 @@ def child(settings: Settings) -> Child:
     }
     arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
     return Child(name="broker", command=[server_binary(), *arguments], log_file=settings.log_dir / "broker.log")
-
-
-def wait_until_up(settings: Settings, timeout_s: float = 10.0) -> None:
-    """Return when the broker accepts connections; `StorageError` names its log when it does not."""
-    deadline = monotonic() + timeout_s
-    while monotonic() < deadline:
-        with socket.socket(socket.AF_UNIX) as probe:
-            try:
-                probe.connect(str(socket_path(settings)))
-            except OSError:
-                sleep(0.01)
-            else:
-                return
-    raise StorageError(f"the embedded broker did not start: see {settings.log_dir / 'broker.log'}")
 
 
 def clean_up(settings: Settings) -> None:

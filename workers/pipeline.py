@@ -75,6 +75,7 @@ class _Run:
     post_ms: float = 0.0
     load_ms: float = 0.0
     open_batches: int = 0
+    unusable: int = 0  #: samples that never reached the device
     broke: list[str] = field(default_factory=list)  #: how samples broke the device, while isolating
     claimed: bool = False  #: somebody waits for it; else it is only read ahead
     error: FarmError | None = None
@@ -156,7 +157,7 @@ class Pipeline:
                 self._runs.pop(plan.attempt_id, None)
         if run.error is not None:
             raise run.error
-        if len(run.broke) == len(plan.samples) > 1:
+        if len(run.broke) == len(plan.samples) - run.unusable > 1:
             raise DeviceCrashed(f"every sample breaks the device process: {run.broke[0]}")
         return run.result()
 
@@ -295,6 +296,7 @@ class Pipeline:
                     continue
                 except DataError as exc:
                     batch.run.fail_sample(sample, str(exc))
+                    batch.run.unusable += 1
                     batch.active.remove(place)
             array[place] = 0
 

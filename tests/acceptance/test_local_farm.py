@@ -216,3 +216,12 @@ def test_a_database_locked_by_others_for_longer_than_a_lease_kills_no_worker(far
     assert {i for (i,) in farm.sql("SELECT incarnation FROM device")} == {1}
     assert_one_row_a_sample(farm, 1, NAMES)
     farm.run("down")
+
+
+def test_a_relative_home_is_the_one_in_this_folder(farm: Farm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_bins(farm.home / "data", 8)
+    write_tiny_onnx(farm.home / "data", 4)
+    farm.env["FARM_HOME"] = farm.home.name
+    assert farm.submit("--bs", "4")["state"] == "done"
+    assert farm.sql("SELECT state FROM job") == [("done",)]

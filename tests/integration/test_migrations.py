@@ -338,3 +338,24 @@ def at_once(call: Callable[[], object], times: int = 6) -> None:
     with ThreadPoolExecutor(times) as pool:
         for future in [pool.submit(run) for _ in range(times)]:
             future.result()
+
+
+@pytest.mark.parametrize("refuse", [make_read_only, fill])
+def test_a_disk_that_refuses_is_not_waited_for(
+    settings: Settings, disk: Path, monkeypatch: pytest.MonkeyPatch, refuse: Callable[[Path], None]
+) -> None:
+    if refuse is make_read_only:
+        made(settings)
+    refuse(disk)
+
+    def waited(_: float) -> None:
+        raise AssertionError("waited for a disk that will not change its mind")
+
+    monkeypatch.setattr("db.engine.time.sleep", waited)
+    with closing(Database(url_of(settings))) as database, pytest.raises(StorageError):
+        start_a_worker(database)
+
+
+def start_a_worker(database: Database) -> None:
+    database.ensure_schema()
+    Fleet(database).worker()

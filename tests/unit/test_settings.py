@@ -183,3 +183,19 @@ def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("FARM_HOME", "")
 
     assert load_settings().home != Path.cwd()
+
+
+@pytest.mark.parametrize("url", ["sqlite:///farm.db", "sqlite+pysqlite:///farm.db", "sqlite://"])
+def test_a_relative_sqlite_database_is_refused(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    monkeypatch.setenv("FARM_DATABASE_URL", url)
+
+    with pytest.raises(UsageError, match=r"FARM_DATABASE_URL: .*absolute path"):
+        load_settings()
+
+
+def test_a_lease_shorter_than_two_heartbeats_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FARM_HEARTBEAT_S", "2")
+    monkeypatch.setenv("FARM_LEASE_S", "3")
+
+    with pytest.raises(UsageError, match=r"FARM_LEASE_S: .*two heartbeats"):
+        load_settings()

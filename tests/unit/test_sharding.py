@@ -101,9 +101,8 @@ def test_shards_never_grow(cut: Cut) -> None:
 
 @relaxed
 @given(cut=cuts)
-def test_two_devices_or_more_end_with_a_single_batch(cut: Cut) -> None:
-    assume(cut.devices >= 2)
-
+@example(Cut(samples=16, bs=1, per_shard=100, devices=1))
+def test_the_last_shard_is_a_single_batch(cut: Cut) -> None:
     assert cut.sizes[-1] == 1
 
 
@@ -134,7 +133,3 @@ def test_no_samples_make_no_shards() -> None:
 def test_what_cannot_be_cut_is_refused(samples: int, bs: int, devices: int) -> None:
     with pytest.raises(ValueError, match=f"cannot cut {samples} samples, bs {bs}, {devices} devices"):
         sharding.cut(samples, bs, per_shard=1, devices=devices)
-
-
-def test_one_device_ends_with_a_single_batch_too() -> None:
-    assert Cut(samples=16, bs=1, per_shard=100, devices=1).sizes[-1] == 1
