@@ -131,7 +131,8 @@ def choose(data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wan
     everything = list(stored(data_dir, spec.name))
     fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend)]
     if wanted:
-        fitting = [a for a in fitting if a.sha256.startswith(wanted) or a.file == Path(wanted).name]
+        sha256 = sha256_of(Path(wanted)) if Path(wanted).is_file() else wanted.lower()
+        fitting = [a for a in fitting if a.sha256.startswith(sha256) or a.file == wanted]
     if len(fitting) == 1:
         return fitting[0]
     if fitting:

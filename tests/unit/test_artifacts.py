@@ -145,7 +145,7 @@ def test_several_artifacts_are_a_usage_error_that_lists_them(tmp_path: Path) -> 
         choose(tmp_path)
 
 
-@pytest.mark.parametrize("wanted", ["bb", "b" * 64, "b.onnx", "some/where/b.onnx"])
+@pytest.mark.parametrize("wanted", ["bb", "b" * 64, "b.onnx"])
 def test_of_several_artifacts_the_one_asked_for_is_chosen(tmp_path: Path, wanted: str) -> None:
     store(tmp_path, artifact_of(file="a.onnx", sha256="a" * 64), artifact_of(file="b.onnx", sha256="b" * 64))
 
