@@ -217,8 +217,6 @@ def test_a_directory_that_is_not_there_is_a_storage_error_by_name(tmp_path: Path
 
 
 def test_a_databases_name_hides_its_password() -> None:
-    pytest.importorskip("psycopg", reason="Postgres needs psycopg")
-
     assert str(Database("postgresql+psycopg://farm:secret@host/farm")) == "postgresql+psycopg://farm:***@host/farm"
 
 
