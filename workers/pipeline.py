@@ -111,7 +111,6 @@ class _Batch:
     given: Buffer | None = None
     wanted: Buffer | None = None
     ready_at: float = 0.0
-    times: Times | None = None
 
 
 class Pipeline:
@@ -145,7 +144,8 @@ class Pipeline:
         """
         Evaluate a shard; every sample of it is in the result, scored or failed.
 
-        Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `JobError`, or `Aborted`.
+        Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `DataError` for a batch that the
+        backend blames, `JobError`, or `Aborted`.
         """
         with self._change:
             run = self._begin(plan)
@@ -352,7 +352,6 @@ class Pipeline:
             if id(self._sent[0]) != number:
                 raise DeviceError("the device process answered out of turn")
             batch = self._sent.popleft()
-            batch.times = times
             device_ms = sum(times)
             self._recent_ms.append(device_ms)
             batch.run.batch_ms.append(times)

@@ -33,7 +33,6 @@ class Child:
     command: Sequence[str]
     log_file: Path
     env: Mapping[str, str] = field(default_factory=dict)
-    restarts: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _started: float = 0.0
     _delay_s: float = FIRST_DELAY_S
@@ -53,7 +52,6 @@ class Child:
             self._process = None
             self._delay_s = FIRST_DELAY_S if now - self._started > STEADY_S else min(2 * self._delay_s, LONGEST_DELAY_S)
             self._next_start = now + self._delay_s
-            self.restarts += 1
             log.warning("%s ended (%s); next start in %.1f s", self.name, code, self._delay_s)
         if now >= self._next_start:
             self._start(now)
