@@ -600,22 +600,28 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_finished(
     assert prepared.done == 6 - len(noted)
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """No file may grow beyond 4 KB: what a quota or a full disk does, without a disk."""
+    """No file may grow beyond 4 KB: what a quota or a full disk does, without a disk.
+
+    Not a fixture: the limit is the whole process's, and pytest's own output may be a file too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_bin_that_cannot_be_written_is_a_storage_error_with_its_path(small_files: None, dataset: Dataset) -> None:
-    with pytest.raises(StorageError, match=rf"cannot write {dataset.bins}/image00\d.bin: File too large"):
+def test_a_bin_that_cannot_be_written_is_a_storage_error_with_its_path(dataset: Dataset) -> None:
+    expected = rf"cannot write {dataset.bins}/image00\d.bin: File too large"
+    with pytest.raises(StorageError, match=expected), small_files():
         dataset.prepare()
 
 
-def test_a_bin_that_cannot_be_written_leaves_nothing_of_itself(small_files: None, dataset: Dataset) -> None:
-    with pytest.raises(StorageError):
+def test_a_bin_that_cannot_be_written_leaves_nothing_of_itself(dataset: Dataset) -> None:
+    with pytest.raises(StorageError), small_files():
         dataset.prepare()
 
     assert sorted(path.name for path in dataset.bins.iterdir()) == [LOCK_NAME, journal.FILE_NAME]
