@@ -11,6 +11,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -79,16 +80,20 @@ def _export_each(
     spec: ModelSpec, weights: Path, weights_sha256: str, batch_sizes: Sequence[int], data_dir: Path, opset: int
 ) -> Iterator[Exported]:
     net: nn.Module | None = None
+    frozen: nn.Module | None = None
     for bs in batch_sizes:
         path = artifacts.directory(data_dir, spec.name) / file_name(spec, bs, weights_sha256, opset)
         artifact = _intact(path, spec, bs, weights_sha256, opset)
         if artifact is not None:
             yield Exported(artifact=artifact, path=path, reused=True)
             continue
-        if net is None:
+        if net is None or frozen is None:
             net = nets.build(spec)
             load_checkpoint(weights, net)
-        graph = _graph(net, spec, bs, opset)
+            # Two: what is checked must not have been through the same hands as what it is checked against.
+            frozen = deepcopy(net)
+            nets.freeze(frozen)
+        graph = _graph(frozen, spec, bs, opset)
         artifact = Artifact(
             model=spec.name, bs=bs, backend="ort", soc="cpu", file=path.name, sha256=hashlib.sha256(graph).hexdigest(),
             input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(spec.output, bs), opset=opset,

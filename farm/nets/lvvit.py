@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from farm.nets.layers import Attention, Mlp
+
 CLASSES = 1000
 WIDTH = 384
 DEPTH = 16
 HEADS = 6
-HEAD_WIDTH = WIDTH // HEADS
 MLP_WIDTH = 3 * WIDTH
 STEM_WIDTH = 64
 PATCHES = 14 * 14
@@ -42,47 +43,15 @@ class Stem(nn.Module):
         return projected
 
 
-class Attention(nn.Module):
-    """Self-attention over tokens [B, 197, 384]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The outputs of `qkv` lie as [3][heads][head width]: seen as 18 heads, one four-dimensional transpose
-        # serves queries, keys and values alike. Five-dimensional ones are slow on the card.
-        heads = self.qkv(x).reshape(-1, TOKENS, 3 * HEADS, HEAD_WIDTH).transpose(1, 2)
-        query, key, value = torch.split(heads, HEADS, dim=1)
-        attention = (query * HEAD_WIDTH**-0.5 @ key.transpose(2, 3)).softmax(dim=-1)
-        joined = (attention @ value).transpose(1, 2).reshape(-1, TOKENS, WIDTH)
-        projected: Tensor = self.proj(joined)
-        return projected
-
-
-class Mlp(nn.Module):
-    """Two linear layers around an exact GELU, on each token by itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(WIDTH, MLP_WIDTH)
-        self.fc2 = nn.Linear(MLP_WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        projected: Tensor = self.fc2(nn.functional.gelu(self.fc1(x)))
-        return projected
-
-
 class Block(nn.Module):
     """A pre-norm transformer block whose two residual branches count half."""
 
     def __init__(self) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(WIDTH)
-        self.attn = Attention()
+        self.attn = Attention(WIDTH, HEADS, qkv_bias=False)
         self.norm2 = nn.LayerNorm(WIDTH)
-        self.mlp = Mlp()
+        self.mlp = Mlp(WIDTH, MLP_WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x)) / 2

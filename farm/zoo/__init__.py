@@ -9,6 +9,10 @@ from farm.zoo.spec import ModelSpec
 
 MODELS = {
     "lvvit": "farm.zoo.lvvit",
+    "twins": "farm.zoo.twins",
+    "focal": "farm.zoo.focal",
+    "conformer": "farm.zoo.conformer",
+    "swin": "farm.zoo.swin",
 }
 
 

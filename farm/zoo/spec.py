@@ -23,17 +23,43 @@ class Tensor:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """What the model's deployment guide says of where its figures come from."""
+
+    upstream: str  #: repository and branch
+    commit: str
+    upstream_name: str  #: of the model, there
+    weights: str  #: the official checkpoint's file name
+    weights_from: str
+    upstream_metrics: Mapping[str, float]  #: what the authors report, percent
+    accuracy_at: str  #: the batch sizes the accuracy was taken at
+    driver: str
+    cann: str
+    python: str
+    pytorch: str
+    card: str
+    atc_options: tuple[str, ...] = ("--input_format=NCHW",)
+    baseline: str = ""  #: the GPU the guide compares with
+    baseline_fps: Mapping[int, float] = field(default_factory=dict)  #: of that GPU, by batch size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """A model as its deployment guide fixes it."""
 
     name: str  #: what a user types
     title: str
     net: str  #: module of the network, imported only to export
-    dataset: str
+    dataset: str  #: "imagenet" or "ade20k"
     recipe: str  #: key of `farm.data.recipes.RECIPES`
     input: Tensor
     output: Tensor
     opset: int
-    batch_sizes: tuple[int, ...]  #: those the guide measured
+    batch_sizes: tuple[int, ...]  #: those that work
+    impossible: Mapping[int, str] = field(default_factory=dict)  #: other batch sizes of the guide's, with the reason
+    probabilities: bool = False  #: the output has been through a softmax
+    heads: Mapping[str, Tensor] = field(default_factory=dict)  #: outputs to choose from, the guide's first
+    tolerance: float = 5e-5  #: largest difference of raw scores between two ways to compute them in float32
     reference: Mapping[str, float] = field(default_factory=dict)  #: metric in percent
     reference_fps: Mapping[int, float] = field(default_factory=dict)  #: device fps of one 310P3, by batch size
+    guide: Guide | None = None  #: none for a model that no guide describes

@@ -20,16 +20,17 @@ from farm.errors import DataError, FarmError, StorageError, UsageError
 from farm.export import INSTALL, require_torch
 from farm.export import onnx as exporting
 from farm.export.onnx import Exported, export
-from tests.golden import lvvit_s
+from tests.golden import parity
 
 SPEC = zoo.get("lvvit")
+LVVIT = parity.of("lvvit")
 BATCH_SIZES = (1, 4)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "lvvit_s-golden.pth.tar"
-    torch.save(lvvit_s.weights(), path)
+    torch.save(LVVIT.weights(), path)
     return path
 
 
@@ -65,9 +66,9 @@ def files_under(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("bs", BATCH_SIZES)
 def test_the_exported_graph_gives_upstreams_scores(bs: int, exported: Mapping[int, Exported]) -> None:
-    scores = run(exported[bs].path, lvvit_s.images())
+    scores = run(exported[bs].path, LVVIT.images)
 
-    np.testing.assert_allclose(scores, lvvit_s.arrays()["logits_f64"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(scores, LVVIT.arrays["logits_f64"], rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("bs", BATCH_SIZES)
@@ -183,14 +184,14 @@ def test_another_opset_makes_another_file_which_is_right_too(
 
     assert done.path.stem == f"{exported[1].path.stem}_opset17"
     assert done.artifact.opset == 17
-    np.testing.assert_allclose(run(done.path, lvvit_s.images()), lvvit_s.arrays()["logits_f64"], rtol=0, atol=5e-5)
+    np.testing.assert_allclose(run(done.path, LVVIT.images), LVVIT.arrays["logits_f64"], rtol=0, atol=5e-5)
 
 
 def test_a_graph_that_differs_from_pytorch_is_not_stored(
     exported: Mapping[int, Exported], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Given weights of which one score's bias is off by 1e-4, twice what is allowed, from those in the graph
-    weights = {name: tensor.clone() for name, tensor in lvvit_s.weights().items()}
+    weights = {name: tensor.clone() for name, tensor in LVVIT.weights().items()}
     weights["head.bias"][7] += 1e-4
     torch.save(weights, tmp_path / "other.pth")
     monkeypatch.setattr(exporting, "_graph", lambda *_: exported[1].path.read_bytes())
@@ -213,7 +214,7 @@ def test_a_graph_with_another_batch_size_is_not_stored(
 
 
 def test_weights_that_give_no_numbers_are_not_stored(tmp_path: Path) -> None:
-    weights = {**lvvit_s.weights(), "patch_embed.bn1.running_var": torch.full((64,), -1.0)}
+    weights = {**LVVIT.weights(), "patch_embed.bn1.running_var": torch.full((64,), -1.0)}
     torch.save(weights, tmp_path / "negative.pth")
 
     with pytest.raises(FarmError, match="differs from PyTorch by nan"):
