@@ -22,6 +22,7 @@ check: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.embedded --short
+	$(BIN)/python -m tests.benchmarks.models --short
 
 clean:
 	rm -rf $(VENV)

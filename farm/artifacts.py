@@ -50,6 +50,8 @@ class Artifact(BaseModel):
     input: TensorInfo
     output: TensorInfo
     opset: int | None = None
+    head: str = ""  #: which of the model's, if it has several
+    simplified: bool = False
     weights: str = ""  #: name of the checkpoint
     weights_sha256: str = ""
     versions: Mapping[str, str] = {}
@@ -57,7 +59,10 @@ class Artifact(BaseModel):
     created: str = ""
 
     def __str__(self) -> str:
-        return f"{self.file or self.backend} ({self.backend}, bs {self.bs}, sha256 {self.sha256[:12]})"
+        form = [f"head {self.head}"] if self.head else []
+        form += [f"input {self.input.dtype}"] if self.input.dtype != "float32" else []
+        about = ", ".join([self.backend, f"bs {self.bs}", *form, f"sha256 {self.sha256[:12]}"])
+        return f"{self.file or self.backend} ({about})"
 
 
 def sha256_of(path: Path) -> str:

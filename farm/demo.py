@@ -26,9 +26,8 @@ from farm.data import disk
 from farm.errors import UsageError
 from farm.settings import Settings, make_home
 
-MODEL = "lvvit"
 SEED = 310
-VERSION = 1
+VERSION = 2
 
 #: Their digits are in the truth: with others it is made again.
 PACKAGES = ("numpy", "pillow", "scikit-image", "torch")
@@ -44,7 +43,7 @@ class Key(BaseModel):
 
     version: int = VERSION
     farm: str = farm.__version__
-    model: str = MODEL
+    model: str
     seed: int = SEED
     count: int
     packages: Mapping[str, str]
@@ -114,11 +113,15 @@ class Home:
     """The demo's directory, itself a FARM_HOME. Paths of the input are relative to it, as its commands name them."""
 
     root: Path
+    model: str
 
     images = Path("ILSVRC2012/images")
     labels = Path("ILSVRC2012/val_label.txt")
-    weights = Path("lvvit_s-seeded.pth.tar")
     expected = Path("expected.json")
+
+    @property
+    def weights(self) -> Path:
+        return Path(f"{self.model}-seeded.pth")
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
@@ -137,7 +140,7 @@ class Home:
 
         `UsageError` names the package that is missing, `StorageError` the disk that refuses.
         """
-        key = Key(count=count, packages=_packages())
+        key = Key(model=self.model, count=count, packages=_packages())
         truth = self._complete(key)
         if truth is not None:
             return Input(truth=truth, reused=True)

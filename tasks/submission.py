@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from db import devices, jobs, results
@@ -68,11 +68,14 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
     if request.bs < 1:
         raise UsageError(f"--bs {request.bs}: a batch size is 1 or more")
     artifact = artifacts.choose(settings.data_dir, spec, request.bs, backend=request.backend, wanted=request.artifact)
-    directory = manifest.bins_dir(settings.data_dir, spec.recipe, spec.input.dtype)
+    if spec.dataset != "imagenet":
+        raise UsageError(f"farm submit {spec.name}: segmentation jobs are not there yet, classifiers are")
+    directory = manifest.bins_dir(settings.data_dir, spec.recipe, artifact.input.dtype)
     try:
         data = manifest.read(directory)
     except DataError as exc:
         hint = f"farm prepare {spec.name} --images DIR --labels val_label.txt"
+        hint += "" if artifact.input.dtype == "float32" else f" --input {artifact.input.dtype}"
         raise DataError(f"{exc} ({hint})" if "run farm prepare" in str(exc) else str(exc)) from exc
     samples = len(data.samples) if request.limit is None else min(request.limit, len(data.samples))
     if samples < 1:
@@ -88,7 +91,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             artifact=artifact,
             dataset=spec.dataset,
             recipe=spec.recipe,
-            dtype=spec.input.dtype,
+            dtype=artifact.input.dtype,
             manifest_digest=data.digest,
             samples=samples,
             devices=request.devices,
@@ -103,7 +106,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         shards=sharding.cut(samples, request.bs, per_shard=int(settings.shard_s * fps), devices=max(1, len(names))),
         device_names=names,
         device_fps=fps,
-        bin_bytes=samples * spec.input.nbytes,
+        bin_bytes=samples * replace(spec.input, dtype=artifact.input.dtype).nbytes,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import data, database, demo, devices, export, jobs, local
+from farm.cli import data, database, demo, devices, export, jobs, local, models
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -28,6 +28,7 @@ app = typer.Typer(
 )
 
 for command in (
+    models.models,
     data.prepare,
     export.export,
     jobs.submit,

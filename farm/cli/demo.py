@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from farm.cli.arguments import batch_sizes
-from farm.errors import FarmError
+from farm.errors import FarmError, UsageError
 
 if TYPE_CHECKING:
     from farm.demo import Home, Input, Outcome, Progress, Truth
@@ -34,6 +34,7 @@ ENDS_WITHIN_S = 6.0
 
 
 def demo(
+    model: Annotated[str, typer.Option(help="A classifier of farm models.")] = "lvvit",
     bs: Annotated[str, typer.Option(help="Batch size, or several: a job each.")] = "4",
     count: Annotated[int, typer.Option(min=10, max=50_000, help="How many photographs.")] = 256,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
@@ -41,15 +42,18 @@ def demo(
     """
     Prepare, export and submit on real photographs, and compare with an accuracy that is known beforehand.
 
-    Works in FARM_HOME/demo, a farm home of its own. Exit codes: 0 all is as expected, 1 it is not, 2 usage.
+    Works in FARM_HOME/demo/MODEL, a farm home of its own. Exit codes: 0 all is as expected, 1 it is not, 2 usage.
 
     farm demo --bs 1,4
     """
+    from farm import zoo
     from farm.demo import Home
     from farm.settings import load_settings
 
     sizes = batch_sizes(bs)
-    home = Home(load_settings().home / "demo")
+    if zoo.get(model).dataset != "imagenet":
+        raise UsageError(f"there is no demo of {model}: --model takes a classifier")
+    home = Home(load_settings().home / "demo" / model, model)
     shell = _Shell(home=home, out=sys.stderr if as_json else sys.stdout)
     try:
         with home.claimed():
@@ -153,8 +157,8 @@ def _input(shell: _Shell, count: int) -> Input:
         made = shell.home.input(count, progress)
     origin = "an earlier demo made them" if made.reused else f"made in {shell.seconds['input']:.0f} s"
     shell.say(
-        f"Input: {count} photographs in ILSVRC2012's layout, seeded weights for LV-ViT-S, and labels planted by "
-        f"PyTorch ({origin})."
+        f"Input: {count} photographs in ILSVRC2012's layout, seeded weights for {shell.home.model}, and labels "
+        f"planted by PyTorch ({origin})."
     )
     shell.say(f"Expected: {_in_words(made.truth)}")
     return made
@@ -162,7 +166,7 @@ def _input(shell: _Shell, count: int) -> Input:
 
 def _run(shell: _Shell, sizes: Sequence[int]) -> list[_Job]:
     """The commands of the main job, then each job's report."""
-    from farm.demo import MODEL, Outcome
+    from farm.demo import Outcome
 
     home, listed = shell.home, ",".join(map(str, sizes))
     configured = [name for name in CONFIGURED if name in os.environ]
@@ -170,9 +174,9 @@ def _run(shell: _Shell, sizes: Sequence[int]) -> list[_Job]:
     if configured:
         shell.say(f"$ unset {' '.join(configured)}")
     _cancel_interrupted(shell)
-    shell.type("prepare", MODEL, "--images", str(home.images), "--labels", str(home.labels))
-    shell.type("export", MODEL, "--weights", str(home.weights), "--bs", listed)
-    shell.type("submit", MODEL, "--bs", listed)
+    shell.type("prepare", home.model, "--images", str(home.images), "--labels", str(home.labels))
+    shell.type("export", home.model, "--weights", str(home.weights), "--bs", listed)
+    shell.type("submit", home.model, "--bs", listed)
     numbers = sorted(job["job"] for job in json.loads(shell.ask("jobs", "--limit", str(len(sizes)), "--json")))
     reports = [json.loads(shell.ask("report", str(number), "--json")) for number in numbers]
     return [

@@ -16,6 +16,11 @@ def export(
     weights: Annotated[Path, typer.Option(help="The official checkpoint, or one of the same keys.")],
     bs: Annotated[str, typer.Option(help="Batch sizes, one file each: 1,4,8.")] = "1",
     opset: Annotated[int | None, typer.Option(help="ONNX opset; the model's own if not given.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of swin: full, small (no last resize) or deployed.")] = None,
+    input_dtype: Annotated[
+        str, typer.Option("--input", help="float32, or uint8: pixels, normalised on the device; bins 4 times smaller.")
+    ] = "float32",
+    simplify: Annotated[bool, typer.Option("--simplify", help="Through onnxslim.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The sidecars, as JSON.")] = False,
 ) -> None:
     """Turn weights into ONNX artifacts with a sidecar each, checked in onnxruntime against PyTorch."""
@@ -26,16 +31,20 @@ def export(
     from farm.settings import load_settings
 
     settings, spec, sizes = load_settings(), zoo.get(model), batch_sizes(bs)
-    require_torch()
+    require_torch(*(["onnxslim"] if simplify else []))
     from farm.export.onnx import export as run
 
     console = Console(stderr=True)
     done = []
     with console.status(f"exporting {spec.name}") as line:
-        for exported in run(spec, weights, sizes, settings.data_dir, opset=opset):
+        for exported in run(
+            spec, weights, sizes, settings.data_dir, opset=opset, head=head, dtype=input_dtype, simplify=simplify
+        ):
             artifact = exported.artifact
             done.append(artifact)
-            how = "there already" if exported.reused else f"within {artifact.max_abs_diff:.1e} of PyTorch"
+            how = "there already, " if exported.reused else ""
+            how += f"within {artifact.max_abs_diff:.1e} of PyTorch"
+            how += " on float32 input" if artifact.input.dtype == "uint8" else ""
             line.update(f"exporting {spec.name}: {len(done)} of {len(sizes)} done")
             if not as_json:
                 print(f"{spec.name} bs {artifact.bs}: {exported.path} ({how})", flush=True)

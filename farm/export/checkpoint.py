@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,6 +22,7 @@ from farm.artifacts import sha256_of
 from farm.errors import DataError, UsageError
 
 WRAPPERS = ("state_dict", "model")  #: keys under which training scripts keep the state dict
+
 PREFIX = "module."  #: what data-parallel training puts before every name
 NAMED = 3  #: how many of a kind of wrong keys a message names
 
@@ -31,19 +33,49 @@ def fingerprint(path: Path) -> str:
         return sha256_of(path)
 
 
-def load_checkpoint(path: Path, net: nn.Module) -> None:
+def load_checkpoint(path: Path, net: nn.Module, *, training_only: tuple[str, ...] = ()) -> None:
     """
     Put the checkpoint's weights into the network, all of them or none.
 
-    The file holds a dict of tensors, bare or under one of `WRAPPERS`, its names with or without `PREFIX`. Any floating
-    type will do, the network keeps its own. `UsageError` for a missing file, `DataError` for one that does not fit.
+    The file holds a dict of tensors, bare or under one of `WRAPPERS`, its names with or without `PREFIX`; those that
+    begin with one of `training_only` are passed over. Any floating type will do, the network keeps its own.
+    `UsageError` for a missing file, `DataError` for one that does not fit.
     """
-    state = _state_dict(path, _unpickled(path))
+    found = _state_dict(path, _unpickled(path))
+    state = {name: tensor for name, tensor in found.items() if not name.startswith(training_only)}
     expected = net.state_dict()
     _check_keys(path, type(net).__name__, expected, state)
     fitted = {name: state[name].detach().to(tensor.dtype) for name, tensor in expected.items()}
     _check_finite(path, fitted)
     net.load_state_dict(fitted)
+
+
+class _Inert:
+    """Stands for an object that is not wanted: takes whatever it is made of, and does nothing with it."""
+
+    def __new__(cls, *_contents: object) -> Any:
+        return super().__new__(cls)
+
+    def __setstate__(self, _state: object) -> None:
+        pass
+
+
+class _InertDict(_Inert):
+    """The same for an object that is a dict: PyTorch's unpickler fills this type of the standard library's."""
+
+    def __new__(cls, *_contents: object) -> Any:
+        return OrderedDict()
+
+
+#: What official checkpoints hold beside their tensors: Focal its configuration, others their training's arguments or
+#: a best score. Each is read as a thing that calls nothing.
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+    (_InertDict, "yacs.config.CfgNode"),
+    (_Inert, "argparse.Namespace"),
+    (_Inert, "numpy.core.multiarray.scalar"),
+    (_Inert, "numpy._core.multiarray.scalar"),
+    (_Inert, "numpy.dtype"),
+]
 
 
 @contextmanager
@@ -61,7 +93,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _unpickled(path: Path) -> Any:
-    with _opened(path) as file, warnings.catch_warnings():
+    with _opened(path) as file, warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
         warnings.simplefilter("ignore")
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)

@@ -31,9 +31,8 @@ BATCH = 4  #: the stem's activations of more images do not fit a processor's cac
 MOST = 0.1  #: share of the samples that may have the same class as their top-1
 LEAD = 1e-3  #: least distance of a label's score to where it would count differently; devices differ by 5e-5
 
-HEAD_BIAS = "head.bias"
 CROP = 224
-SHORT_SIDE = 248
+SHORT_SIDE = {"lvvit": 248, "in256": 256}  #: by recipe
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
@@ -88,7 +87,7 @@ def reference_scores(
     """
     What the network answers to JPEGs or the like, float32 [n, classes], computed on all cores.
 
-    `progress` is told how many images of how many are done. The images must all be readable.
+    Probabilities come as their logarithms, so that they differ as raw scores do. `progress` is told how many images of how many are done. The images must all be readable.
     """
     net = nets.build(spec)
     net.load_state_dict(dict(state))
@@ -96,26 +95,29 @@ def reference_scores(
     with torch.inference_mode():
         for start in range(0, len(images), BATCH):
             batch = images[start : start + BATCH]
-            scores[start : start + len(batch)] = net(torch.stack([prepare(path) for path in batch])).numpy()
+            answers = net(torch.stack([prepare(path, spec.recipe) for path in batch]))
+            scores[start : start + len(batch)] = (answers.log() if spec.probabilities else answers).numpy()
             if progress:
                 progress(start + len(batch), len(images))
     return scores
 
 
-def prepare(path: Path) -> Tensor:
-    """One image by the recipe of LV-ViT's deployment, float32 [3, 224, 224]."""
+def prepare(path: Path, recipe: str) -> Tensor:
+    """One image by the recipe of a model's deployment, float32 [3, 224, 224]."""
     with Image.open(path) as file:
         image = file.convert("RGB")
-    scale = min(image.size)
-    if scale != SHORT_SIDE:
-        # `int` truncates the long side; the short one comes out as exactly SHORT_SIDE.
-        width, height = (int(SHORT_SIDE * side / scale) for side in image.size)
+    scale, short_side = min(image.size), SHORT_SIDE[recipe]
+    if scale != short_side:
+        # `int` truncates the long side; the short one comes out as exactly what is asked for.
+        width, height = (int(short_side * side / scale) for side in image.size)
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (round((side - CROP) / 2) for side in image.size)
-    cropped = image.crop((left, top, left + CROP, top + CROP))
-    pixels = torch.from_numpy(np.array(cropped)).permute(2, 0, 1).to(torch.float64)
-    mean, std = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) * 255 for values in (MEAN, STD))
-    return ((pixels - mean) / std).to(torch.float32)
+    pixels = torch.from_numpy(np.array(image.crop((left, top, left + CROP, top + CROP)))).permute(2, 0, 1)
+    if recipe == "lvvit":
+        mean, std = (torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1) * 255 for values in (MEAN, STD))
+        return ((pixels.to(torch.float64) - mean) / std).to(torch.float32)
+    mean, std = (torch.tensor(values, dtype=torch.float32).reshape(3, 1, 1) for values in (MEAN, STD))
+    return (pixels.to(torch.float32) / 255 - mean) / std
 
 
 def centre_head(state: Mapping[str, Tensor], scores: Scores) -> Centred:
@@ -126,11 +128,13 @@ def centre_head(state: Mapping[str, Tensor], scores: Scores) -> Centred:
     that change places. The bias enters the scores as a plain sum, so they need no second pass through the network.
     `FarmError` if no shift does it: too many of the images are the same.
     """
-    bias = state[HEAD_BIAS]
+    # The head's own, or the first of two that are summed.
+    name = next(name for name in state if name.startswith("head.") and name.endswith("bias"))
+    bias = state[name]
     shifted = (bias.to(torch.float64) - torch.from_numpy(_evening_shift(scores))).to(bias.dtype)
     moved = shifted.to(torch.float64) - bias.to(torch.float64)  # what rounding the bias left of the shift
     centred = (scores.astype(np.float64) + moved.numpy()).astype(np.float32)
-    return Centred(state={**state, HEAD_BIAS: shifted}, scores=centred)
+    return Centred(state={**state, name: shifted}, scores=centred)
 
 
 def plant_labels(scores: Scores, seed: int, *, wrong: float = 0.2) -> Planted:
@@ -155,8 +159,8 @@ def plant_labels(scores: Scores, seed: int, *, wrong: float = 0.2) -> Planted:
 
 
 def _seeded(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    if not like.is_floating_point():
-        return torch.zeros_like(like)
+    if not like.is_floating_point() or "coords" in name:
+        return like  # a counter, or a table that the network made itself
     noise = torch.randn(like.shape, generator=generator, dtype=like.dtype)
     if name.endswith("running_var"):
         return 1 + 0.1 * noise.abs()
@@ -165,9 +169,13 @@ def _seeded(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
     if name.endswith(("cls_token", "pos_embed")):
         return 0.2 * noise
     if like.dim() == 1:
-        return 1 + 0.1 * noise
+        # The last norm of a residual branch is smaller, or a long chain of branches without norms after their sums
+        # would answer in thousands.
+        return (0.3 if "_block.bn3." in name else 1.0) * (1 + 0.1 * noise)
     # Half of what a convolution of the stem puts out dies in its ReLU; scores shall stand well apart from rounding.
     gain = 9.0 if "head" in name else 2.0 if like.dim() == 4 else 1.0
+    if name.endswith("conv_cls_head.weight"):
+        gain = 0.25  # its input is large, and a probability must not vanish
     return noise * math.sqrt(gain / like[0].numel())
 
 

@@ -29,5 +29,6 @@ def freeze(net: nn.Module) -> None:
     The outputs stay as they are, the graph gets constants. From here on the weights must not change.
     """
     for module in net.modules():
-        if module is not net and hasattr(module, "freeze"):
-            module.freeze()
+        compute = getattr(module, "freeze", None)
+        if callable(compute):
+            compute()

@@ -59,7 +59,21 @@ class ModelSpec:
     impossible: Mapping[int, str] = field(default_factory=dict)  #: other batch sizes of the guide's, with the reason
     probabilities: bool = False  #: the output has been through a softmax
     heads: Mapping[str, Tensor] = field(default_factory=dict)  #: outputs to choose from, the guide's first
+    training_only: tuple[str, ...] = ()  #: how keys of the checkpoint begin that the network has no use for
     tolerance: float = 5e-5  #: largest difference of raw scores between two ways to compute them in float32
     reference: Mapping[str, float] = field(default_factory=dict)  #: metric in percent
     reference_fps: Mapping[int, float] = field(default_factory=dict)  #: device fps of one 310P3, by batch size
     guide: Guide | None = None  #: none for a model that no guide describes
+
+    def output_of(self, head: str) -> Tensor:
+        """The output with this head; "" is the model's own."""
+        return self.heads[head] if head else self.output
+
+    def atc_command(self, bs: int, *, graph: str, output: str, soc: str = "Ascend310P3") -> list[str]:
+        """The guide's command that compiles `graph`, an ONNX file, into `output`.om for one batch size."""
+        shape = ",".join(map(str, (bs, *self.input.shape)))
+        options = self.guide.atc_options if self.guide else ()
+        return [
+            "atc", "--framework=5", f"--model={graph}", f"--output={output}", *options,
+            f"--input_shape={self.input.name}:{shape}", "--log=error", f"--soc_version={soc}",
+        ]  # fmt: skip

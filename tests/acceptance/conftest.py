@@ -27,6 +27,7 @@ class Farm:
 
     home: Path
     env: dict[str, str] = field(default_factory=dict)
+    command: tuple[Path | str, ...] = (FARM,)
 
     def environment(self) -> dict[str, str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("FARM_")}
@@ -34,7 +35,7 @@ class Farm:
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [FARM, *arguments],
+            [*self.command, *arguments],
             env=self.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -45,17 +46,24 @@ class Farm:
     def run(self, *arguments: str, code: int | None = 0, timeout: float = 120) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; its exit code must be `code`."""
         done = subprocess.run(
-            [FARM, *arguments], env=self.environment(), capture_output=True, text=True, timeout=timeout, check=False
+            [*self.command, *arguments],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
         if code is not None:
             assert done.returncode == code, f"farm {' '.join(arguments)}: {done.stdout}{done.stderr}{self.logs()}"
         assert "Traceback" not in done.stderr
         return done
 
-    def submit(self, *arguments: str, code: int | None = 0, timeout: float = 120) -> dict[str, Any]:
+    def submit(
+        self, *arguments: str, model: str = "lvvit", code: int | None = 0, timeout: float = 120
+    ) -> dict[str, Any]:
         """The report of a job that was waited for."""
         report: dict[str, Any] = json.loads(
-            self.run("submit", "lvvit", "--json", *arguments, code=code, timeout=timeout).stdout
+            self.run("submit", model, "--json", *arguments, code=code, timeout=timeout).stdout
         )
         return report
 

@@ -70,7 +70,7 @@ def processes_of(home: Path) -> list[str]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     outer = Farm(tmp_path_factory.mktemp("demo") / "home")
     done = outer.run("demo", "--count", str(COUNT), "--bs", "1,4", timeout=240)
-    return Demo(outer=outer, inner=Farm(outer.home / "demo"), printed=done.stdout, talked=done.stderr)
+    return Demo(outer=outer, inner=Farm(outer.home / "demo" / "lvvit"), printed=done.stdout, talked=done.stderr)
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_it_types_what_a_user_would(demo: Demo) -> None:
         f"cd {demo.inner.home}",
         "export FARM_HOME=$PWD",
         "farm prepare lvvit --images ILSVRC2012/images --labels ILSVRC2012/val_label.txt",
-        "farm export lvvit --weights lvvit_s-seeded.pth.tar --bs 1,4",
+        "farm export lvvit --weights lvvit-seeded.pth --bs 1,4",
         "farm submit lvvit --bs 1,4",
     ]
 

@@ -54,7 +54,7 @@ def correct(scores: Scores, labels: list[int], k: int) -> int:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("demo")
-    return Home(root)
+    return Home(root, "lvvit")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_no_class_is_the_answer_to_more_than_a_tenth(made: Input, scores: Scores
 def test_the_farm_prepares_every_image_as_the_reference_does(images: list[Path]) -> None:
     for image in images:
         by_farm = recipes.prepare(image, recipes.RECIPES[SPEC.recipe])
-        assert torch.equal(torch.from_numpy(by_farm), planted.prepare(image)), image.name
+        assert torch.equal(torch.from_numpy(by_farm), planted.prepare(image, "lvvit")), image.name
 
 
 @pytest.mark.parametrize("by", [1, -1])
@@ -149,7 +149,7 @@ def test_a_complete_input_is_not_made_again(home: Home, made: Input, only_reused
 
 @pytest.mark.parametrize("lost", ["images", "labels", "weights", "expected"])
 def test_an_input_that_lacks_something_is_made_again(lost: str, made: Input, only_reused: None, tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = Home(tmp_path, "lvvit")
     key = made.truth.key.model_copy(update={"count": 1})
     write_hollow(home, made.truth.model_copy(update={"key": key}).model_dump_json())
     assert home.input(1, nobody).reused
@@ -167,7 +167,7 @@ def test_an_input_that_lacks_something_is_made_again(lost: str, made: Input, onl
 def test_an_input_of_another_kind_is_made_again(
     change: dict[str, object], made: Input, only_reused: None, tmp_path: Path
 ) -> None:
-    home = Home(tmp_path)
+    home = Home(tmp_path, "lvvit")
     key = made.truth.key.model_copy(update={"count": 1, **change})
     write_hollow(home, made.truth.model_copy(update={"key": key}).model_dump_json())
 
@@ -176,7 +176,7 @@ def test_an_input_of_another_kind_is_made_again(
 
 
 def test_a_truth_that_is_none_is_made_again(only_reused: None, tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = Home(tmp_path, "lvvit")
     write_hollow(home, '{"key": ')
     with pytest.raises(MadeAgain):
         home.input(1, nobody)
@@ -191,7 +191,7 @@ def write_hollow(home: Home, truth: str) -> None:
 
 
 def test_an_interrupt_leaves_no_truth_and_nothing_of_the_input_before(made: Input, tmp_path: Path) -> None:
-    home = Home(tmp_path)
+    home = Home(tmp_path, "lvvit")
     write_hollow(home, made.truth.model_dump_json())
     artifact = tmp_path / "data" / "artifacts" / "lvvit" / "lvvit_bs4_0.onnx"
     artifact.parent.mkdir(parents=True)
@@ -207,13 +207,13 @@ def test_an_interrupt_leaves_no_truth_and_nothing_of_the_input_before(made: Inpu
 
 
 def test_the_same_input_is_made_anywhere(home: Home, made: Input, tmp_path: Path) -> None:
-    again = Home(tmp_path)
+    again = Home(tmp_path, "lvvit")
     assert again.input(COUNT, nobody).truth == made.truth
     assert contents(again) == contents(home)
 
 
 def test_one_demo_at_a_time(tmp_path: Path) -> None:
-    home = Home(tmp_path / "demo")
+    home = Home(tmp_path / "demo", "lvvit")
     with (
         home.claimed(),
         pytest.raises(UsageError, match="another farm demo is at work"),

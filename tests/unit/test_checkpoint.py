@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import random
+import sys
+import types
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -195,10 +197,59 @@ def test_a_malicious_pickle_is_refused_and_not_run(save: str, tmp_path: Path) ->
         assert marker.exists()
 
 
-def test_a_checkpoint_with_the_training_arguments_says_what_it_wants_called(tmp_path: Path) -> None:
-    path = saved(tmp_path / "w.pth", {"state_dict": weights(), "args": argparse.Namespace(lr=1e-3)})
+def test_a_checkpoint_with_an_object_of_its_trainers_says_what_it_wants_called(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", {"state_dict": weights(), "args": types.SimpleNamespace(lr=1e-3)})
 
-    assert "argparse.Namespace" in refusal(path)
+    assert "types.SimpleNamespace" in refusal(path)
+
+
+class Config(dict[str, Any]):
+    """What training code keeps its settings in: a dict with a state of its own."""
+
+    __module__ = "yacs.config"
+    __qualname__ = "CfgNode"
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(settings)
+        self.__dict__["__immutable__"] = True
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "old format"])
+def test_a_checkpoint_with_focals_configuration_is_taken(
+    old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Pickled by the name it has where it comes from, which need not be installed where it is read.
+    yacs = types.ModuleType("yacs.config")
+    yacs.CfgNode = Config  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "yacs", types.ModuleType("yacs"))
+    monkeypatch.setitem(sys.modules, "yacs.config", yacs)
+    config = Config(DATA=Config(IMG_SIZE=224), AMP="O1", LEVELS=[2, 2])
+    content = {"model": weights(), "optimizer": {}, "max_accuracy": np.float64(83.6), "epoch": 299, "config": config}
+    path = saved(tmp_path / "focal.pth", content, _use_new_zipfile_serialization=not old)
+    monkeypatch.delitem(sys.modules, "yacs.config")
+    net = Tiny()
+
+    load_checkpoint(path, net)
+
+    assert_loaded(net)
+
+
+def test_a_checkpoint_with_the_training_arguments_is_taken(tmp_path: Path) -> None:
+    net = Tiny()
+
+    load_checkpoint(saved(tmp_path / "w.pth", {"state_dict": weights(), "args": argparse.Namespace(lr=1e-3)}), net)
+
+    assert_loaded(net)
+
+
+def test_keys_of_training_alone_are_passed_over_and_no_others(tmp_path: Path) -> None:
+    path = saved(tmp_path / "w.pth", {**weights(), "auxiliary_head.bias": torch.zeros(1)})
+    net = Tiny()
+
+    load_checkpoint(path, net, training_only=("auxiliary_head.",))
+
+    assert_loaded(net)
+    assert "1 unexpected (auxiliary_head.bias)" in refusal(path)
 
 
 @pytest.mark.parametrize(

@@ -87,11 +87,12 @@ def largest_share(scores: Scores) -> float:
     return float(np.bincount(scores.argmax(axis=1)).max()) / len(scores)
 
 
+@pytest.mark.parametrize("recipe", ["lvvit", "in256"])
 @pytest.mark.parametrize("name", PICTURES)
-def test_the_reference_prepares_an_image_to_the_bit(name: str, jpegs: dict[str, Path]) -> None:
-    expected = FACTS[name]["lvvit"]
+def test_the_reference_prepares_an_image_to_the_bit(name: str, recipe: str, jpegs: dict[str, Path]) -> None:
+    expected = FACTS[name][recipe]
 
-    tensor = planted.prepare(jpegs[name])
+    tensor = planted.prepare(jpegs[name], recipe)
 
     assert list(tensor.shape) == expected["shape"]
     assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected["f32_sha256"]
@@ -141,7 +142,7 @@ def test_reference_scores_are_those_of_the_network_image_by_image(
     net.load_state_dict(weights)
 
     with torch.inference_mode():
-        last = net(planted.prepare(images[-1])[None])
+        last = net(planted.prepare(images[-1], "lvvit")[None])
 
     np.testing.assert_allclose(scores[-1], last[0].numpy(), rtol=0, atol=1e-5)
 
