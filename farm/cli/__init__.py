@@ -30,6 +30,7 @@ app = typer.Typer(
 for command in (
     models.models,
     data.prepare,
+    data.import_,
     export.export,
     jobs.submit,
     jobs.wait,
@@ -43,7 +44,7 @@ for command in (
     local.down,
     demo.demo,
 ):
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(database.app, name="db")
 
 

@@ -1,4 +1,4 @@
-"""``farm prepare``: images to bins."""
+"""``farm prepare`` and ``farm import``: images, or bins that others made, to bins and a manifest."""
 
 from __future__ import annotations
 
@@ -6,15 +6,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.errors import DataError, UsageError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from farm.data.prepare import Prepared
+    from farm.data.recipes import Recipe
 
 DONE_WITH_ERRORS = 3
 
@@ -24,39 +29,176 @@ LINE_EVERY_S = 15.0
 MOST_NAMED = 50
 
 
+_Subset = Annotated[bool, typer.Option("--subset", help="Allow labels or annotations without an image.")]
+_Processes = Annotated[int | None, typer.Option(min=1, help="Images worked on at a time; default: all cores.")]
+_Input = Annotated[
+    str,
+    typer.Option(
+        "--input", metavar="float32|uint8", help="What the model takes; uint8: pixels that the device normalises."
+    ),
+]
+_Labels = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Text file, a line an image: ILSVRC2012_val_00000001.JPEG 65")
+]
+_Annotations = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Segmentation: folder of ADE_val_*.png files, like the images.")
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
 def prepare(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Prepare the images for this model.")],
-    images: Annotated[Path, typer.Option(help="Folder of ILSVRC2012_val_*.JPEG files.")],
-    labels: Annotated[Path, typer.Option(help="Text file, a line an image: ILSVRC2012_val_00000001.JPEG 65")],
-    subset: Annotated[bool, typer.Option("--subset", help="Allow labels without an image.")] = False,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Images worked on at a time; default: all cores.")
+    model: Annotated[str, typer.Argument(metavar="MODEL|RECIPE", help="Prepare the images for this model.")],
+    images: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of images, or of 1000 class folders (no --labels then).")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    labels: _Labels = None,
+    annotations: _Annotations = None,
+    input_type: _Input = "float32",
+    subset: _Subset = False,
+    processes: _Processes = None,
+    json: _Json = False,
 ) -> None:
     """Turn images into the arrays a model takes, once; go on where an interrupted run stopped.
+
+    Without --images, say whether they are there already. What is prepared for a model serves all of its recipe.
 
     Exit codes: 0 done, 3 done but some images could not be used, 1 failed, 2 usage.
 
     farm prepare lvvit --images ILSVRC2012/images --labels val_label.txt
+
+    farm prepare swin --images images/validation --annotations annotations/validation
     """
-    from farm import zoo
-    from farm.data.prepare import prepare_dataset
-    from farm.data.recipes import RECIPES
+    asked = _Asked(name=model, recipe=_recipe(model, input_type), json=json)
+    _check_truth(asked, labels, annotations)
+    if images is None:
+        if labels or annotations:
+            raise UsageError(f"no --images: type {asked.command}")
+        print(asked.answer(_look(asked)))
+        return
+    work = _preparation(asked, images, labels, annotations)
+    with _shown() as progress:
+        prepared = work(subset=subset, processes=processes, progress=progress)
+    _finish(asked, prepared)
+
+
+def import_(
+    bins: Annotated[Path, typer.Argument(metavar="BINS", help="Folder of .bin files that published scripts made.")],
+    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="What made them: lvvit, in256 or seg.")],
+    labels: _Labels = None,
+    annotations: _Annotations = None,
+    input_type: _Input = "float32",
+    subset: _Subset = False,
+    processes: _Processes = None,
+    json: _Json = False,
+) -> None:
+    """Take over bins that the published scripts made, after a look into each; files are linked where possible.
+
+    Exit codes: 0 done, 3 done but some bins could not be used, 1 failed, 2 usage.
+
+    farm import databin --recipe in256 --labels val_label.txt
+    """
+    from farm.data import recipes
+    from farm.data.importing import import_bins
     from farm.settings import load_settings
 
-    recipe = RECIPES[zoo.get(model).recipe]
+    asked = _Asked(name=recipe, recipe=recipes.get(recipe, input_type), json=json)
+    _check_truth(asked, labels, annotations)
+    truth = annotations if asked.is_segmentation else labels
+    if truth is None:
+        raise UsageError(f"--recipe {recipe} also takes {asked.truth}")
     data_dir = load_settings().data_dir
+    with _shown() as progress:
+        prepared = import_bins(
+            bins, truth, asked.recipe, data_dir, subset=subset, processes=processes, progress=progress
+        )
+    _finish(asked, prepared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the user wants prepared, and how to say what came of it."""
+
+    name: str  #: of a model or a recipe
+    recipe: Recipe
+    json: bool
+
+    @property
+    def is_segmentation(self) -> bool:
+        from farm.data.recipes import Segmentation
+
+        return isinstance(self.recipe, Segmentation)
+
+    @property
+    def truth(self) -> str:
+        """The option that says what images show."""
+        return "--annotations DIR" if self.is_segmentation else "--labels val_label.txt"
+
+    @property
+    def command(self) -> str:
+        """What to type."""
+        kind = "" if self.recipe.dtype == "float32" else f" --input {self.recipe.dtype}"
+        return f"farm prepare {self.name} --images DIR {self.truth}{kind}"
+
+    @property
+    def serves(self) -> list[str]:
+        """The models of this recipe."""
+        from farm import zoo
+
+        return [name for name in zoo.MODELS if zoo.get(name).recipe == self.recipe.name]
+
+    def answer(self, prepared: Prepared) -> str:
+        return _as_json(self, prepared) if self.json else _summary(self, prepared)
+
+
+def _recipe(name: str, input_type: str) -> Recipe:
+    """Of a model, or the one of this name."""
+    from farm import zoo
+    from farm.data import recipes
+
+    if name in zoo.MODELS:
+        return recipes.get(zoo.get(name).recipe, input_type)
+    if name in recipes.RECIPES:
+        return recipes.get(name, input_type)
+    raise UsageError(
+        f"unknown model {name!r}: the farm knows {', '.join(zoo.MODELS)}, and the recipes {', '.join(recipes.RECIPES)}"
+    )
+
+
+def _check_truth(asked: _Asked, labels: Path | None, annotations: Path | None) -> None:
+    """`UsageError` for labels of segmentation, or annotations of classification."""
+    given = [("--labels", labels, not asked.is_segmentation), ("--annotations", annotations, asked.is_segmentation)]
+    for option, value, fits in given:
+        if value and not fits:
+            raise UsageError(f"{option} is not for {asked.name}, which takes {asked.truth}")
+
+
+def _look(asked: _Asked) -> Prepared:
+    from farm.data.prepare import look
+    from farm.settings import load_settings
+
     try:
-        with _shown() as progress:
-            prepared = prepare_dataset(
-                images, labels, recipe, data_dir, subset=subset, processes=processes, progress=progress
-            )
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        raise
+        return look(asked.recipe, load_settings().data_dir)
+    except DataError as exc:
+        raise UsageError(f"{exc} ({asked.command})") from exc
+
+
+def _preparation(asked: _Asked, images: Path, labels: Path | None, annotations: Path | None) -> Callable[..., Prepared]:
+    """What there is to do, but for how."""
+    from farm.data.prepare import prepare_dataset, prepare_segmentation
+    from farm.data.recipes import Segmentation
+    from farm.settings import load_settings
+
+    data_dir = load_settings().data_dir
+    if not isinstance(asked.recipe, Segmentation):
+        return partial(prepare_dataset, images, labels, asked.recipe, data_dir)
+    if annotations is None:
+        raise UsageError(f"{asked.name} also takes {asked.truth}")
+    return partial(prepare_segmentation, images, annotations, asked.recipe, data_dir)
+
+
+def _finish(asked: _Asked, prepared: Prepared) -> None:
     _name_failures(prepared)
-    print(_as_json(model, prepared) if json else _summary(model, prepared))
+    print(asked.answer(prepared))
     if prepared.failures:
         raise typer.Exit(DONE_WITH_ERRORS)
 
@@ -67,11 +209,15 @@ def _shown() -> Iterator[Callable[[int, int], None]]:
     from rich.console import Console
 
     console = Console(stderr=True)
-    if console.is_terminal:
-        with _bar(console) as show:
-            yield show
-    else:
-        yield _Lines()
+    try:
+        if console.is_terminal:
+            with _bar(console) as show:
+                yield show
+        else:
+            yield _Lines()
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 @contextmanager
@@ -135,24 +281,30 @@ def _name_failures(prepared: Prepared) -> None:
         print(f"and {prepared.failed - MOST_NAMED} more: see {prepared.directory / 'manifest'}", file=sys.stderr)
 
 
-def _summary(model: str, prepared: Prepared) -> str:
+def _summary(asked: _Asked, prepared: Prepared) -> str:
     pace = f", {prepared.done / prepared.seconds:.0f} images/s" if prepared.done else ""
-    return (
-        f"{model}: {len(prepared.manifest.samples)} samples in {prepared.directory}: {prepared.done} made, "
-        f"{prepared.reused} were there, {prepared.failed} failed "
-        f"({prepared.seconds:.1f} s{pace})\nmanifest {prepared.manifest.digest}"
-    )
+    samples = f"{len(prepared.manifest.samples)} samples in {prepared.directory}"
+    counts = f"{prepared.done} made, {prepared.reused} were there, {prepared.failed} failed"
+    lines = [
+        f"{asked.name}: {samples}: {counts} ({prepared.seconds:.1f} s{pace})",
+        f"manifest {prepared.manifest.digest}",
+    ]
+    if prepared.reused and not prepared.done:
+        lines.insert(0, f"{asked.recipe.name}-{asked.recipe.dtype} was there: serves {', '.join(asked.serves)}")
+    return "\n".join(lines)
 
 
-def _as_json(model: str, prepared: Prepared) -> str:
+def _as_json(asked: _Asked, prepared: Prepared) -> str:
     from dataclasses import asdict
     from json import dumps
 
     return dumps(
         {
             "schema": 1,
-            "model": model,
-            "recipe": prepared.manifest.header.recipe,
+            "model": asked.name,
+            "recipe": asked.recipe.name,
+            "input": asked.recipe.dtype,
+            "serves": asked.serves,
             "directory": str(prepared.directory),
             "manifest": prepared.manifest.digest,
             "samples": {

@@ -1,9 +1,14 @@
-"""ILSVRC2012 validation data as its users have it: a flat folder of pictures, and a text file of labels."""
+"""
+ILSVRC2012 validation data as its users have it.
+
+Pictures lie in one folder and their labels in a text file; or each picture lies in the folder of its class, and the
+1000 folders in the order of their names are the classes 0 to 999.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,21 +29,28 @@ class Picture:
     label: int  #: 0..999
 
 
-def load(images: Path, labels: Path, *, subset: bool = False) -> list[Picture]:
-    """All pictures with their labels, in byte order of the names.
+def load(images: Path, labels: Path | None, *, subset: bool = False) -> list[Picture]:
+    """All pictures with their labels, in byte order of the names. Without `labels` their folders are the classes.
 
     `DataError` if one of them lacks the other; with `subset` there may be more labels than images.
     """
-    paths = find_images(images)
+    folders = class_folders(images)
+    if labels is None:
+        return _by_folder(images, folders)
+    return pair(_inside(folders) if folders else find_images(images), images, labels, subset=subset)
+
+
+def pair(paths: Mapping[str, Path], images: Path, labels: Path, *, subset: bool) -> list[Picture]:
+    """Files by name, all from `images`, with their labels. `DataError` as `load` says."""
     known = read_labels(labels)
     unlabelled = sorted(paths.keys() - known.keys())
     missing = [] if subset else sorted(known.keys() - paths.keys())
     problems = []
     if unlabelled:
-        problems.append(f"{len(unlabelled)} of {len(paths)} images in {images} have no label ({_some(unlabelled)})")
+        problems.append(f"{len(unlabelled)} of {len(paths)} images in {images} have no label ({some(unlabelled)})")
     if missing:
         problems.append(
-            f"{len(missing)} of {len(known)} labels have no image in {images} ({_some(missing)}; --subset allows this)"
+            f"{len(missing)} of {len(known)} labels have no image in {images} ({some(missing)}; --subset allows this)"
         )
     if problems:
         raise DataError(f"{labels} does not fit the images: {'; '.join(problems)}. Nothing was written")
@@ -50,24 +62,39 @@ def find_images(directory: Path) -> dict[str, Path]:
 
     `UsageError` for a folder without images, `DataError` for two files of one name or a name that fits no manifest.
     """
-    try:
-        with os.scandir(directory) as entries:
-            found = sorted(entry.name for entry in entries if _is_image(entry))
-    except OSError as exc:
-        raise UsageError(f"cannot read the images in {directory}: {exc.strerror}") from exc
+    found = files(directory, EXTENSIONS, "images")
     if not found:
         raise UsageError(_no_images(directory))
-    paths: dict[str, Path] = {}
-    for file_name in found:
-        name = sample_name(file_name)
+    return by_name(found)
+
+
+def class_folders(directory: Path) -> list[Path]:
+    """The folders in a folder that holds no image itself, in the order of their names."""
+    if files(directory, EXTENSIONS, "images"):
+        return []
+    return sorted(path for path in directory.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def files(directory: Path, extensions: tuple[str, ...], what: str) -> list[Path]:
+    """Files with one of these extensions, in the order of their names; `UsageError` for a folder that is none."""
+    try:
+        with os.scandir(directory) as entries:
+            return sorted(Path(entry) for entry in entries if _is_one(entry, extensions))
+    except OSError as exc:
+        raise UsageError(f"cannot read the {what} in {directory}: {exc.strerror}") from exc
+
+
+def by_name(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by sample name, in byte order; `DataError` for two of one name, or a name that fits no manifest."""
+    named: dict[str, Path] = {}
+    for path in paths:
+        name = sample_name(path.name)
         if not manifest.is_name(name):
-            raise DataError(f"{directory} holds {file_name!r}, whose name cannot be written down: rename it")
-        if name in paths:
-            raise DataError(
-                f"{paths[name]} and {directory / file_name} are both called {name}, expected one image of a name"
-            )
-        paths[name] = directory / file_name
-    return dict(sorted(paths.items(), key=lambda item: item[0].encode()))
+            raise DataError(f"{path.parent} holds {path.name!r}, whose name cannot be written down: rename it")
+        if name in named:
+            raise DataError(f"{named[name]} and {path} are both called {name}, expected one file of a name")
+        named[name] = path
+    return dict(sorted(named.items(), key=lambda item: item[0].encode()))
 
 
 def read_labels(path: Path) -> dict[str, int]:
@@ -92,18 +119,49 @@ def read_labels(path: Path) -> dict[str, int]:
     return labels
 
 
-def sample_name(file_name: str) -> str:
-    return file_name.partition(".")[0]
+def sample_name(path: str) -> str:
+    """The last part of a path, up to its first dot."""
+    return path.rpartition("/")[2].partition(".")[0]
 
 
-def _is_image(entry: os.DirEntry[str]) -> bool:
+def some(names: Collection[str]) -> str:
+    """The first few, for a sentence."""
+    first = ", ".join(list(names)[:3])
+    return f"{first}, ..." if len(names) > 3 else first
+
+
+def _by_folder(directory: Path, folders: Sequence[Path]) -> list[Picture]:
+    if not folders:
+        find_images(directory)
+        raise UsageError(
+            f"the images in {directory} lie in no class folders: give their labels with --labels val_label.txt"
+        )
+    if len(folders) != CLASSES:
+        raise DataError(
+            f"{directory} holds {len(folders)} folders ({some([folder.name for folder in folders])}), expected one for "
+            f"each of {CLASSES} classes: with others a folder's rank is not its class. Give the labels with "
+            "--labels val_label.txt"
+        )
+    classes = {folder: label for label, folder in enumerate(folders)}
+    return [Picture(name=name, path=path, label=classes[path.parent]) for name, path in _inside(folders).items()]
+
+
+def _inside(folders: Iterable[Path]) -> dict[str, Path]:
+    """The images in class folders by name."""
+    found = [path for folder in folders for path in files(folder, EXTENSIONS, "images")]
+    if not found:
+        raise UsageError(_no_images(next(iter(folders)).parent))
+    return by_name(found)
+
+
+def _is_one(entry: os.DirEntry[str], extensions: tuple[str, ...]) -> bool:
     # Hidden files are none: macOS leaves a `._x.JPEG` beside every x.JPEG it copies.
-    return entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
+    return entry.name.lower().endswith(extensions) and not entry.name.startswith(".") and entry.is_file()
 
 
 def _no_images(directory: Path) -> str:
     folders = sorted(path.name for path in directory.iterdir() if path.is_dir())
-    inside = f"; it holds {len(folders)} folders ({_some(folders)})" if folders else ""
+    inside = f"; it holds {len(folders)} folders ({some(folders)})" if folders else ""
     return f"no images in {directory}{inside}, expected files {', '.join('*' + e for e in EXTENSIONS)} directly in it"
 
 
@@ -125,8 +183,3 @@ def _label(text: str) -> int | None:
 
 def _malformed(path: Path, number: int, line: str, expected: str) -> DataError:
     return DataError(f"{path}: line {number} is {line[:80]!r}, expected {expected}")
-
-
-def _some(names: Collection[str]) -> str:
-    first = ", ".join(list(names)[:3])
-    return f"{first}, ..." if len(names) > 3 else first

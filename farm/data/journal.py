@@ -1,9 +1,10 @@
 """
 The journal: which bins are finished, so that an interrupted preparation goes on where it was.
 
-One line a bin, appended after the bin is in place:
-``name<TAB>image's bytes<TAB>image's mtime in ns<TAB>bin's mtime in ns<TAB>xxh3<TAB>recipe digest``. A bin without a
-line is made again; so is one whose line was torn, or belongs to another recipe.
+One line a sample, appended after its bin is in place:
+``name<TAB>image's bytes<TAB>image's mtime in ns<TAB>bin's mtime in ns<TAB>xxh3<TAB>recipe digest``; where there are
+several files, commas part their numbers. A bin without a line is made again; so is one whose line was torn, or belongs
+to another recipe.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from farm.data import disk
-from farm.data.bins import Bin
+from farm.data import disk, manifest
+from farm.data.bins import Bin, Stamp
 
 FILE_NAME = "journal"
 
@@ -51,21 +52,29 @@ def appending(path: Path, recipe_digest: str) -> Iterator[Callable[[Bin], None]]
 
 
 def _line(entry: Bin, recipe_digest: str) -> bytes:
-    fields = entry.name, entry.image_bytes, entry.image_mtime_ns, entry.mtime_ns, entry.xxh3, recipe_digest
-    return ("\t".join(map(str, fields)) + "\n").encode()
+    sizes, times = zip(*entry.sources, strict=True)
+    fields = entry.name, _join(sizes), _join(times), _join(entry.mtimes_ns), entry.xxh3, recipe_digest
+    return ("\t".join(fields) + "\n").encode()
 
 
 def _parse(line: bytes, recipe_digest: str) -> Bin | None:
     try:
-        name, image_bytes, image_mtime_ns, mtime_ns, xxh3, digest = line.decode().split("\t")
-        if digest != recipe_digest:
+        name, sizes, times, mtimes_ns, xxh3, digest = line.decode().split("\t")
+        if digest != recipe_digest or not manifest.is_prepared(xxh3):
             return None
         return Bin(
             name=name,
-            image_bytes=int(image_bytes),
-            image_mtime_ns=int(image_mtime_ns),
-            mtime_ns=int(mtime_ns),
+            sources=tuple(map(Stamp, _split(sizes), _split(times))),
+            mtimes_ns=_split(mtimes_ns),
             xxh3=xxh3,
         )
     except ValueError:
         return None
+
+
+def _join(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _split(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))

@@ -4,6 +4,10 @@ The manifest: which samples there are, in which order, with which label and whic
 One text file beside the bins. First line: a JSON header. Then one line a sample, in byte order of the name:
 ``name<TAB>label<TAB>xxh3`` where xxh3 is the 64-bit XXH3 of the bin in 16 hex digits; for an image that could
 not be prepared it is ``!`` and a fourth field says why, so that the sample is counted as failed, not forgotten.
+
+A sample of segmentation is an image, not a window. It has label 0, for its labels are in its annotation, and for xxh3
+``H,W/h,w/ANNOTATION/XXH3,XXH3``: the image's size, the resized one's, the annotation's hash, and a hash for each of the
+windows that `farm.data.slide` cuts out of h x w, row by row.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from farm.data import disk
+from farm.data import disk, slide
+from farm.data.slide import Size
 from farm.errors import DataError
 
 FILE_NAME = "manifest"
@@ -28,9 +33,37 @@ UNPREPARED = "!"
 #: A name becomes a file name and a field of a line, hence no slash and no control characters.
 _NAME = r"[^/\x00-\x1f\x7f]+"
 _LABEL = r"0|[1-9][0-9]{0,8}"
-_LINE = re.compile(rf"({_NAME})\t({_LABEL})\t(?:([0-9a-f]{{16}})|{UNPREPARED}\t([^\x00-\x1f\x7f]+))")
+_HASH = "[0-9a-f]{16}"
+_SIDE = "[1-9][0-9]{0,8}"
+_SMALL_SIDE = "[1-9][0-9]{0,3}"  #: its windows can be counted
+_WINDOWS = rf"{_SIDE},{_SIDE}/{_SMALL_SIDE},{_SMALL_SIDE}/{_HASH}/{_HASH}(?:,{_HASH})*"
+_PREPARED = re.compile(f"{_HASH}|{_WINDOWS}")
+_LINE = re.compile(rf"({_NAME})\t({_LABEL})\t(?:({_PREPARED.pattern})|{UNPREPARED}\t([^\x00-\x1f\x7f]+))")
 
 _AGAIN = "Run farm prepare again; finished bins are kept."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Windows:
+    """A segmentation sample's sizes and hashes; as a string, what stands in its line."""
+
+    original: Size  #: of the image, and of its annotation
+    resized: Size  #: of what was cut into windows
+    annotation: str  #: xxh3
+    xxh3: tuple[str, ...]  #: of each window's bin, row by row
+
+    @classmethod
+    def parse(cls, text: str) -> Windows:
+        original, resized, annotation, hashes = text.split("/")
+        return cls(
+            original=_parse_size(original),
+            resized=_parse_size(resized),
+            annotation=annotation,
+            xxh3=tuple(hashes.split(",")),
+        )
+
+    def __str__(self) -> str:
+        return "/".join((_size(self.original), _size(self.resized), self.annotation, ",".join(self.xxh3)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +71,14 @@ class Sample:
     """One thing to evaluate, known by its name alone."""
 
     name: str  #: the image's file name up to its first dot
-    label: int
-    xxh3: str  #: of the bin, 16 hex digits, or `UNPREPARED`
+    label: int  #: 0 where labels are in an annotation
+    xxh3: str  #: of the bin, 16 hex digits; or `Windows` as a string; or `UNPREPARED`
     problem: str = ""  #: why it could not be prepared
+
+    @property
+    def windows(self) -> Windows | None:
+        """Of a prepared image of segmentation."""
+        return Windows.parse(self.xxh3) if "/" in self.xxh3 else None
 
     def line(self) -> str:
         fields = [self.name, str(self.label), self.xxh3]
@@ -88,9 +126,33 @@ def bin_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.bin"
 
 
+def annotation_path(directory: Path, name: str) -> Path:
+    return directory / "annotations" / f"{name}.png"
+
+
+def window_paths(directory: Path, name: str, windows: Windows) -> tuple[Path, ...]:
+    """The bins of an image's windows, row by row, in the order of their hashes."""
+    original, resized = windows.original, windows.resized
+    return tuple(
+        directory / slide.bin_name(name, window, original, resized) for window in slide.windows(windows.resized)
+    )
+
+
+def paths(directory: Path, name: str, xxh3: str) -> tuple[Path, ...]:
+    """All files of a prepared sample: its bin; or its windows' bins, and its annotation last."""
+    if windows := Sample(name, 0, xxh3).windows:
+        return (*window_paths(directory, name, windows), annotation_path(directory, name))
+    return (bin_path(directory, name),)
+
+
 def is_name(text: str) -> bool:
     """Whether a sample can be called so."""
     return re.fullmatch(_NAME, text) is not None and _is_utf8(text)
+
+
+def is_prepared(xxh3: str) -> bool:
+    """Whether a sample's `xxh3` says what its files hold."""
+    return _PREPARED.fullmatch(xxh3) is not None
 
 
 def write(directory: Path, header: Header, samples: Iterable[Sample]) -> Manifest:
@@ -161,11 +223,25 @@ def _check(manifest: Manifest) -> None:
                 f"line {number}: sample {sample.name} has label {sample.label}, expected 0 to "
                 f"{manifest.header.classes - 1}"
             )
+        if (windows := sample.windows) and len(windows.xxh3) != len(slide.windows(windows.resized)):
+            raise DataError(
+                f"line {number}: sample {sample.name} has {len(windows.xxh3)} windows, expected "
+                f"{len(slide.windows(windows.resized))} of {windows.resized.height} x {windows.resized.width} pixels"
+            )
         if number > 2 and sample.name.encode() <= before.encode():
             raise DataError(
                 f"line {number}: sample {sample.name} comes after {before}, expected ascending names, each once"
             )
         before = sample.name
+
+
+def _size(size: Size) -> str:
+    return f"{size.height},{size.width}"
+
+
+def _parse_size(text: str) -> Size:
+    height, width = map(int, text.split(","))
+    return Size(height, width)
 
 
 def _is_utf8(text: str) -> bool:

@@ -6,7 +6,7 @@ import os
 import signal
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,6 +23,13 @@ R = TypeVar("R")
 PIECE = 4
 #: Pieces under way for each process, so that none waits for this one.
 AHEAD = 3
+#: What the processes' libraries are told. numpy must not start a thread a core, which on a big host hits the limit of
+#: processes; glibc must not hand memory back after each image, only to have it cleared for the next one.
+CHILDREN = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(128 << 20),
+}
 #: Items that take their process down with them before it must be the machine rather than the items.
 MOST_DEATHS = 8
 
@@ -115,7 +122,7 @@ def _submit(
     # may act on it: a child would print a traceback, or leave a piece without an answer.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _one_thread_each():
+        with _environment(CHILDREN):
             return executor.submit(_work, function, piece)
     except OSError as exc:
         raise StorageError(f"cannot start a process: {exc.strerror}. Try fewer --processes") from exc
@@ -124,18 +131,18 @@ def _submit(
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Keep numpy in a child from starting a thread a core, which on a big host hits the limit of processes."""
-    name = "OPENBLAS_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set them for the processes started meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _settle_in(parent: int) -> None:

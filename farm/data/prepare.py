@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from farm.data import bins, disk, imagenet, journal, manifest, pool
-from farm.data.bins import Bin, Failure, Task
-from farm.data.imagenet import Picture
+from farm.data import ade20k, bins, disk, imagenet, journal, manifest, pool
+from farm.data.bins import Bin, Failure, Make, Outcome, Stamp, Task
 from farm.data.manifest import UNPREPARED, Header, Manifest, Sample
-from farm.data.recipes import Recipe
+from farm.data.recipes import Recipe, Segmentation
 from farm.errors import DataError, UsageError
 
 #: Told how many of all images are settled: once with those that already were, then at each one.
@@ -40,9 +39,21 @@ class Prepared:
         return len(self.failures)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """What is to become bins of a recipe, and how."""
+
+    recipe: Recipe
+    directory: Path  #: of the bins
+    source: Path  #: where it comes from
+    tasks: Sequence[Task]  #: a sample each, in byte order of the names
+    labels: Mapping[str, int]  #: of the samples that have one
+    make: Make  #: travels between processes
+
+
 def prepare_dataset(
     images: Path,
-    labels: Path,
+    labels: Path | None,
     recipe: Recipe,
     data_dir: Path,
     *,
@@ -50,35 +61,102 @@ def prepare_dataset(
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Make the bins that are missing or outdated, then the manifest.
+    """Make the bins of classification that are missing or outdated, then the manifest.
 
-    Interrupted at any point, by whatever means, it goes on from there when called again. An image that does not
-    decode is listed, in the result as in the manifest, and holds up nothing.
+    Without a file of labels the images lie in class folders. Interrupted at any point, by whatever means, it goes on
+    from there when called again. An image that does not decode is listed, in the result as in the manifest, and holds
+    up nothing.
 
     `UsageError`: no such images or labels, or another preparation is at work. `DataError`: labels that are malformed
     or do not fit the images; nothing was written. `StorageError`: the disk refuses; finished bins are kept.
     """
-    started = time.monotonic()
-    tell = progress or _tell_nobody
     pictures = imagenet.load(images, labels, subset=subset)
     directory = manifest.bins_dir(data_dir, recipe.name, recipe.dtype)
-    with _claimed(directory):
-        noted = journal.read(directory / journal.FILE_NAME, recipe.digest)
-        finished = _finished(directory, pictures, recipe, noted)
-        tasks = [_task(directory, picture) for picture in pictures if picture.name not in finished]
+    dataset = Dataset(
+        recipe=recipe,
+        directory=directory,
+        source=images,
+        tasks=[Task(name=p.name, sources=(p.path,), directory=directory) for p in pictures],
+        labels={p.name: p.label for p in pictures},
+        make=partial(bins.make, recipe=recipe),
+    )
+    return fulfil(dataset, processes=processes, progress=progress)
+
+
+def prepare_segmentation(
+    images: Path,
+    annotations: Path,
+    recipe: Segmentation,
+    data_dir: Path,
+    *,
+    subset: bool = False,
+    processes: int | None = None,
+    progress: Progress | None = None,
+) -> Prepared:
+    """Make the bins of the images' windows, copy the annotations, then write the manifest; like `prepare_dataset`.
+
+    An image whose annotation is missing or does not fit is listed too.
+    """
+    from farm.data import windows  # it brings OpenCV, which classification does without
+
+    pictures = ade20k.load(images, annotations, subset=subset)
+    directory = manifest.bins_dir(data_dir, recipe.name, recipe.dtype)
+    dataset = Dataset(
+        recipe=recipe,
+        directory=directory,
+        source=images,
+        tasks=[Task(name=p.name, sources=(p.path,), annotation=p.annotation, directory=directory) for p in pictures],
+        labels={},
+        make=partial(windows.make, recipe=recipe),
+    )
+    return fulfil(dataset, processes=processes, progress=progress)
+
+
+def look(recipe: Recipe, data_dir: Path) -> Prepared:
+    """What was prepared before; `DataError` says what is missing of it. Hashes are checked when bins are read."""
+    started = time.monotonic()
+    directory = manifest.bins_dir(data_dir, recipe.name, recipe.dtype)
+    found = manifest.read(directory)
+    if found.header.recipe_digest != recipe.digest:
+        raise DataError(f"the bins in {directory} are of another version of the recipe: run farm prepare again")
+    whole = [sample for sample in found.samples if sample.xxh3 != UNPREPARED]
+    if missing := [sample.name for sample in whole if not _has_bins(directory, sample, recipe.nbytes)]:
+        raise DataError(
+            f"{len(missing)} of {len(whole)} samples in {directory} lack bins ({imagenet.some(missing)}): run farm "
+            "prepare again"
+        )
+    return Prepared(
+        directory=directory,
+        manifest=found,
+        done=0,
+        reused=len(whole),
+        failures=tuple(Failure(name=s.name, problem=s.problem) for s in found.samples if s.xxh3 == UNPREPARED),
+        seconds=time.monotonic() - started,
+    )
+
+
+def fulfil(dataset: Dataset, *, processes: int | None = None, progress: Progress | None = None) -> Prepared:
+    """Have all bins of a dataset made that are not there as they should be, and list them in the manifest."""
+    started = time.monotonic()
+    tell = progress or _tell_nobody
+    total = len(dataset.tasks)
+    with _claimed(dataset):
+        noted = journal.read(dataset.directory / journal.FILE_NAME, dataset.recipe.digest)
+        finished = _finished(dataset, noted)
+        tasks = [task for task in dataset.tasks if task.name not in finished]
         reused = len(finished)
         failures = []
-        tell(reused, len(pictures))
-        with closing(_make_bins(directory, tasks, recipe, noted, processes or _cores())) as outcomes:
+        tell(reused, total)
+        with closing(_make_bins(dataset, tasks, noted, processes or _cores())) as outcomes:
             for settled, outcome in enumerate(outcomes, start=reused + 1):
                 if isinstance(outcome, Bin):
                     finished[outcome.name] = outcome
                 else:
                     failures.append(outcome)
-                tell(settled, len(pictures))
-        written = manifest.write(directory, _header(recipe, images), _samples(pictures, finished, failures))
+                tell(settled, total)
+        written = manifest.write(dataset.directory, _header(dataset), _samples(dataset, finished, failures))
     return Prepared(
-        directory=directory,
+        directory=dataset.directory,
         manifest=written,
         done=len(finished) - reused,
         reused=reused,
@@ -96,11 +174,14 @@ def _cores() -> int:
 
 
 @contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
+def _claimed(dataset: Dataset) -> Iterator[None]:
     """Hold a directory against other preparations, and leave no partial file in it."""
+    directory = dataset.directory
     path = directory / LOCK_NAME
     with disk.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
+        if isinstance(dataset.recipe, Segmentation):
+            manifest.annotation_path(directory, "").parent.mkdir(exist_ok=True)
         file = path.open("a+", encoding="utf-8")
     with file:
         with disk.writing(path):
@@ -125,49 +206,56 @@ def _remove_partials(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _finished(directory: Path, pictures: Sequence[Picture], recipe: Recipe, noted: Mapping[str, Bin]) -> dict[str, Bin]:
-    """The bins that need not be made again, by name."""
-    with disk.writing(directory), os.scandir(directory) as entries:
-        there = {entry.name: entry.stat() for entry in entries if entry.name.endswith(".bin")}
-    finished = {}
-    for picture in pictures:
-        entry = noted.get(picture.name)
-        status = there.get(manifest.bin_path(directory, picture.name).name)
-        if entry and status and _is_untouched(entry, status, recipe.nbytes) and _is_of(entry, picture.path):
-            finished[picture.name] = entry
-    return finished
+def _finished(dataset: Dataset, noted: Mapping[str, Bin]) -> dict[str, Bin]:
+    """The samples whose bins need not be made again, by name."""
+    return {
+        task.name: entry
+        for task in dataset.tasks
+        if (entry := noted.get(task.name)) and _is_of(entry, task) and _is_untouched(entry, task, dataset.recipe.nbytes)
+    }
 
 
-def _is_untouched(entry: Bin, status: os.stat_result, nbytes: int) -> bool:
-    """Whether nobody wrote to a bin since it was finished, as far as size and time tell."""
-    return (status.st_size, status.st_mtime_ns) == (nbytes, entry.mtime_ns)
-
-
-def _is_of(entry: Bin, image: Path) -> bool:
-    """Whether the image is the one the bin was made from, as far as size and time tell."""
+def _is_of(entry: Bin, task: Task) -> bool:
+    """Whether the files it was made from are still the same, as far as size and time tell."""
     try:
-        status = image.stat()
+        return bins.stamps(task.files) == entry.sources
     except OSError:
         return False
-    return (status.st_size, status.st_mtime_ns) == (entry.image_bytes, entry.image_mtime_ns)
 
 
-def _task(directory: Path, picture: Picture) -> Task:
-    return Task(name=picture.name, image=picture.path, bin=manifest.bin_path(directory, picture.name))
+def _is_untouched(entry: Bin, task: Task, nbytes: int) -> bool:
+    """Whether nobody wrote to the files made since they were finished, as far as size and time tell."""
+    paths = manifest.paths(task.directory, task.name, entry.xxh3)
+    sizes = [nbytes] * len(paths)
+    if task.annotation is not None:
+        sizes[-1] = entry.sources[-1].size
+    try:
+        return bins.stamps(paths) == tuple(map(Stamp, sizes, entry.mtimes_ns))
+    except OSError:
+        return False
+
+
+def _has_bins(directory: Path, sample: Sample, nbytes: int) -> bool:
+    """Whether all files of a sample are there, and its bins as large as they should be."""
+    try:
+        sizes = [stamp.size for stamp in bins.stamps(manifest.paths(directory, sample.name, sample.xxh3))]
+    except OSError:
+        return False
+    return all(size == nbytes for size in (sizes[:-1] if sample.windows else sizes))
 
 
 def _make_bins(
-    directory: Path, tasks: Sequence[Task], recipe: Recipe, noted: Mapping[str, Bin], processes: int
-) -> Generator[Bin | Failure, None, None]:
+    dataset: Dataset, tasks: Sequence[Task], noted: Mapping[str, Bin], processes: int
+) -> Generator[Outcome, None, None]:
     """Make these bins and note each in the journal."""
     if not tasks:
         return
-    _withdraw_manifest(directory, {task.name for task in tasks})
-    path = directory / journal.FILE_NAME
-    journal.rewrite(path, recipe.digest, noted.values())
+    _withdraw_manifest(dataset.directory, {task.name for task in tasks})
+    path = dataset.directory / journal.FILE_NAME
+    journal.rewrite(path, dataset.recipe.digest, noted.values())
     with (
-        journal.appending(path, recipe.digest) as note,
-        closing(pool.each(partial(bins.make, recipe=recipe), tasks, processes=processes, died=_died)) as outcomes,
+        journal.appending(path, dataset.recipe.digest) as note,
+        closing(pool.each(dataset.make, tasks, processes=processes, died=_died)) as outcomes,
     ):
         for outcome in outcomes:
             if isinstance(outcome, Bin):
@@ -175,7 +263,7 @@ def _make_bins(
             yield outcome
 
 
-def _died(task: Task) -> Failure:
+def _died(task: Task) -> Outcome:
     return Failure(name=task.name, problem="ends the process that decodes it")
 
 
@@ -191,21 +279,23 @@ def _withdraw_manifest(directory: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _header(recipe: Recipe, images: Path) -> Header:
+def _header(dataset: Dataset) -> Header:
+    recipe = dataset.recipe
     return Header(
         recipe=recipe.name,
         recipe_digest=recipe.digest,
         dtype=recipe.dtype,
         shape=recipe.shape,
-        classes=imagenet.CLASSES,
-        source=str(images.absolute()),
+        classes=ade20k.CLASSES if isinstance(recipe, Segmentation) else imagenet.CLASSES,
+        source=str(dataset.source.absolute()),
     )
 
 
-def _samples(pictures: Sequence[Picture], finished: Mapping[str, Bin], failures: Sequence[Failure]) -> Iterator[Sample]:
+def _samples(dataset: Dataset, finished: Mapping[str, Bin], failures: Sequence[Failure]) -> Iterator[Sample]:
     problems = {failure.name: failure.problem for failure in failures}
-    for picture in pictures:
-        if picture.name in finished:
-            yield Sample(picture.name, picture.label, finished[picture.name].xxh3)
+    for task in dataset.tasks:
+        label = dataset.labels.get(task.name, 0)
+        if task.name in finished:
+            yield Sample(task.name, label, finished[task.name].xxh3)
         else:
-            yield Sample(picture.name, picture.label, UNPREPARED, problems[picture.name])
+            yield Sample(task.name, label, UNPREPARED, problems[task.name])

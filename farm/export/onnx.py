@@ -11,6 +11,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -143,7 +144,8 @@ def _export_each(
             load_checkpoint(weights, net, training_only=spec.training_only)
             # Two: what is checked must not have been through the same hands as what it is checked against.
             frozen = deepcopy(net)
-            nets.freeze(frozen)
+            with _running(spec):
+                nets.freeze(frozen)
         graph = _graph(frozen, form, bs)
         artifact = Artifact(
             model=spec.name, bs=bs, backend="ort", soc="cpu", file=path.name, sha256=hashlib.sha256(graph).hexdigest(),
@@ -244,11 +246,8 @@ def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
         images = _normalised(given, form.spec.recipe)
     else:
         given = images = torch.randn(shape, generator=generator)
-    try:
-        with torch.inference_mode():
-            expected = torch.cat([net(chunk) for chunk in torch.split(images, _chunk(form))]).numpy()
-    except Exception as exc:  # e.g. tables in the checkpoint that point beyond the feature map
-        raise DataError(f"{form.spec.title} does not run with these weights: {_first_line(exc)}") from exc
+    with _running(form.spec), torch.inference_mode():
+        expected = torch.cat([net(chunk) for chunk in torch.split(images, _chunk(form))]).numpy()
     difference = float(np.abs(_raw(_scores(graph, form, given), form) - _raw(expected, form)).max())
     if not difference <= form.spec.tolerance:  # NaN is not
         raise FarmError(
@@ -256,6 +255,15 @@ def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
             f"allowed are {form.spec.tolerance:.0e}: it was not stored. Another --opset or PyTorch may export it right."
         )
     return difference
+
+
+@contextmanager
+def _running(spec: ModelSpec) -> Iterator[None]:
+    """What PyTorch cannot run with the weights that were loaded, e.g. tables that point beyond the image."""
+    try:
+        yield
+    except Exception as exc:
+        raise DataError(f"{spec.title} does not run with these weights: {_first_line(exc)}") from exc
 
 
 def _normalised(pixels: Tensor, recipe: str) -> Tensor:

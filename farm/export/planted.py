@@ -87,7 +87,8 @@ def reference_scores(
     """
     What the network answers to JPEGs or the like, float32 [n, classes], computed on all cores.
 
-    Probabilities come as their logarithms, so that they differ as raw scores do. `progress` is told how many images of how many are done. The images must all be readable.
+    Probabilities come as their logarithms, so that they differ as raw scores do. `progress` is told how many images of
+    how many are done. The images must all be readable.
     """
     net = nets.build(spec)
     net.load_state_dict(dict(state))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ class Fixture:
         return torch.from_numpy(coords.astype(np.float32)).reshape(shape)
 
 
-@lru_cache(maxsize=None)
+@cache
 def of(model: str) -> Fixture:
     return Fixture(model)
 

@@ -27,11 +27,11 @@ from farm.cli import data as cli
 from farm.data import journal, manifest
 from farm.data.manifest import UNPREPARED, Sample, bin_path
 from farm.data.prepare import LOCK_NAME, Prepared, prepare_dataset
-from farm.data.recipes import RECIPES
+from farm.data.recipes import IN256, LVVIT
 from farm.data.recipes import prepare as prepare_image
 from farm.errors import DataError, StorageError, UsageError
 
-SMALL = replace(RECIPES["lvvit"], short_side=40, crop=32)
+SMALL = replace(LVVIT, short_side=40, crop=32)
 
 #: What `farm prepare` is in a process of its own; the recipe is the real one.
 COMMAND = [sys.executable, "-c", "import typer; from farm.cli.data import prepare; typer.run(prepare)", "lvvit"]
@@ -427,7 +427,7 @@ def test_after_sigkill_no_finished_bin_is_made_again(tmp_path: Path) -> None:
         wait_for(lambda: all(map(is_gone, children)), 5)
     noted, before = dataset.journalled(), dataset.written()
 
-    prepared = dataset.prepare(recipe=RECIPES["lvvit"], processes=2)
+    prepared = dataset.prepare(recipe=LVVIT, processes=2)
 
     assert 8 <= prepared.reused == len(noted) < 60
     assert {name: dataset.written()[name] for name in noted} == {name: before[name] for name in noted}
@@ -490,7 +490,7 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path: Path) -> None:
         process.communicate(timeout=5)
     noted = dataset.journalled()
 
-    prepared = dataset.prepare(recipe=RECIPES["lvvit"], processes=2)
+    prepared = dataset.prepare(recipe=LVVIT, processes=2)
 
     assert 8 <= prepared.reused == len(noted) < 60
 
@@ -590,11 +590,11 @@ def test_a_full_disk_is_a_sentence_and_keeps_what_was_finished(
 ) -> None:
     tiny_disk("2m")
     with pytest.raises(StorageError, match=rf"cannot write {dataset.bins}/.*: No space left on device"):
-        dataset.prepare(recipe=RECIPES["lvvit"])
+        dataset.prepare(recipe=LVVIT)
     noted = dataset.journalled()
     tiny_disk("10m")
 
-    prepared = dataset.prepare(recipe=RECIPES["lvvit"])
+    prepared = dataset.prepare(recipe=LVVIT)
 
     assert 2 <= prepared.reused == len(noted) < 6
     assert prepared.done == 6 - len(noted)
@@ -659,8 +659,10 @@ def command(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     """`farm prepare lvvit` in this process."""
     monkeypatch.setenv("FARM_DATA", str(dataset.data))
 
-    def run(model: str = "lvvit", *, labels: Path | None = None, json: bool = False) -> None:
-        cli.prepare(model, dataset.images, labels or dataset.labels, processes=1, json=json)
+    def run(
+        model: str = "lvvit", *, labels: Path | None = None, json: bool = False, input_type: str = "float32"
+    ) -> None:
+        cli.prepare(model, dataset.images, labels or dataset.labels, processes=1, json=json, input_type=input_type)
 
     return run
 
@@ -669,6 +671,69 @@ def test_the_command_says_what_it_did(command: Callable[..., None], capsys: pyte
     command()
 
     assert "6 made, 0 were there, 0 failed" in capsys.readouterr().out
+
+
+def test_bins_of_one_model_serve_the_others_of_its_recipe(
+    command: Callable[..., None], dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command("twins")
+    capsys.readouterr()
+
+    command("focal")
+
+    printed = capsys.readouterr().out.splitlines()
+    directory = dataset.data / "bins" / "in256-float32"
+    assert printed[0] == "in256-float32 was there: serves twins, focal, conformer"
+    assert printed[1].startswith(f"focal: 6 samples in {directory}: 0 made, 6 were there, 0 failed")
+    assert manifest.read(directory).header.recipe_digest == IN256.digest
+
+
+def test_what_was_made_now_was_not_there(
+    command: Callable[..., None], dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command()
+    dataset.add("image100")
+    dataset.label(lambda number: number)
+    command()
+
+    assert "was there: serves" not in capsys.readouterr().out
+
+
+def test_pixels_for_the_device_lie_beside_normalised_arrays(
+    command: Callable[..., None], dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(json=True)
+    command(json=True, input_type="uint8")
+
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [Path(printed["directory"]).name for printed in (first, second)] == ["lvvit-float32", "lvvit-uint8"]
+    assert second["input"] == "uint8"
+    assert bin_path(Path(second["directory"]), "image003").stat().st_size == 3 * 224 * 224
+
+
+def test_without_images_the_command_says_what_to_type(command: Callable[..., None], dataset: Dataset) -> None:
+    command()
+
+    with pytest.raises(UsageError) as caught:
+        cli.prepare("conformer", input_type="uint8")
+
+    assert str(caught.value) == (
+        f"no prepared data in {dataset.data}/bins/in256-uint8: run farm prepare first "
+        "(farm prepare conformer --images DIR --labels val_label.txt --input uint8)"
+    )
+
+
+def test_images_in_class_folders_are_prepared_without_labels(dataset: Dataset, tmp_path: Path) -> None:
+    folders = tmp_path / "val"
+    for number in range(1000):
+        (folders / f"n{number:08}").mkdir(parents=True)
+    for number, path in enumerate(sorted(dataset.images.iterdir())):
+        path.rename(folders / f"n{number * 111:08}" / path.name)
+
+    prepared = prepare_dataset(folders, None, SMALL, dataset.data, processes=1)
+
+    assert [sample.label for sample in prepared.manifest.samples] == [0, 111, 222, 333, 444, 555]
+    assert prepared.done == 6
 
 
 def test_the_command_exits_with_3_and_names_the_images_that_failed(

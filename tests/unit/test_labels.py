@@ -30,8 +30,20 @@ def write_images(directory: Path, *names: str) -> Path:
         "a.JPEG 65\r\nb.JPEG 0\r\n",
         "\N{ZERO WIDTH NO-BREAK SPACE}a.JPEG 65\nb.JPEG 0\n",
         "a.JPEG 65\nb.JPEG 0\na 65\n",
+        "n01440764/a.JPEG 65\nval/n01443537/b.JPEG 0\n",
+        "./a 65\n/data/b.x.JPEG 0\n",
     ],
-    ids=["usual", "no extension", "tabs", "spaces and blank lines", "CRLF", "byte order mark", "said twice"],
+    ids=[
+        "usual",
+        "no extension",
+        "tabs",
+        "spaces and blank lines",
+        "CRLF",
+        "byte order mark",
+        "said twice",
+        "class folders",
+        "paths",
+    ],
 )
 def test_labels_are_read_as_users_have_them(text: str, tmp_path: Path) -> None:
     assert imagenet.read_labels(write_labels(tmp_path, text)) == {"a": 65, "b": 0}
@@ -43,6 +55,7 @@ def test_labels_are_read_as_users_have_them(text: str, tmp_path: Path) -> None:
         ("a.JPEG", "a file name and a class"),
         ("a.JPEG 65 66", "a file name and a class"),
         (".JPEG 65", "a file name and a class"),
+        ("n01440764/ 65", "a file name and a class"),
         ("a.JPEG x", "a class from 0 to 999"),
         ("a.JPEG -1", "a class from 0 to 999"),
         ("a.JPEG 6.5", "a class from 0 to 999"),
@@ -154,3 +167,78 @@ def test_a_subset_takes_the_labels_of_its_images(tmp_path: Path) -> None:
     pictures = imagenet.load(write_images(tmp_path, "b.JPEG"), labels, subset=True)
 
     assert [(picture.name, picture.label) for picture in pictures] == [("b", 2)]
+
+
+# Class folders
+
+
+def write_class_folders(directory: Path, count: int = 1000) -> Path:
+    """As many folders; the images `in_K` stand in the K-th of them by name."""
+    folder = directory / "val"
+    for number in range(count):
+        (folder / f"n{number:08}").mkdir(parents=True)
+    for number in (0, 7, count - 1):
+        (folder / f"n{number:08}" / f"in_{number}.JPEG").touch()
+    return folder
+
+
+def test_the_rank_of_an_images_folder_is_its_label(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path)
+
+    assert [(p.name, p.label, p.path) for p in imagenet.load(folder, None)] == [
+        ("in_0", 0, folder / "n00000000" / "in_0.JPEG"),
+        ("in_7", 7, folder / "n00000007" / "in_7.JPEG"),
+        ("in_999", 999, folder / "n00000999" / "in_999.JPEG"),
+    ]
+
+
+@pytest.mark.parametrize("count", [20, 999, 1001])
+def test_another_number_of_folders_is_refused_for_their_ranks_are_not_the_classes(count: int, tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, count)
+
+    with pytest.raises(DataError) as caught:
+        imagenet.load(folder, None, subset=True)
+
+    assert str(caught.value) == (
+        f"{folder} holds {count} folders (n00000000, n00000001, n00000002, ...), expected one for each of 1000 "
+        "classes: with others a folder's rank is not its class. Give the labels with --labels val_label.txt"
+    )
+
+
+def test_what_is_no_class_folder_has_no_rank(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path)
+    (folder / ".cache").mkdir()
+    (folder / "a_readme.txt").touch()
+
+    assert [picture.label for picture in imagenet.load(folder, None)] == [0, 7, 999]
+
+
+def test_images_in_folders_are_labelled_by_name_where_there_are_labels(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path, 20)
+    labels = write_labels(tmp_path, "in_0.JPEG 5\nn00000007/in_7.JPEG 6\nin_19 7\n")
+
+    assert [(p.name, p.label) for p in imagenet.load(folder, labels)] == [("in_0", 5), ("in_19", 7), ("in_7", 6)]
+
+
+def test_images_of_one_name_in_two_folders_are_a_data_error_with_both(tmp_path: Path) -> None:
+    folder = write_class_folders(tmp_path)
+    (folder / "n00000001" / "in_7.png").touch()
+
+    with pytest.raises(DataError, match=r"n00000001/in_7.png and .*n00000007/in_7.JPEG are both called in_7"):
+        imagenet.load(folder, None)
+
+
+def test_images_that_lie_in_no_folders_need_labels(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"lie in no class folders: give their labels with --labels val_label.txt"):
+        imagenet.load(write_images(tmp_path, "a.JPEG"), None)
+
+
+@pytest.mark.parametrize("count", [0, 2, 1000])
+def test_folders_without_an_image_are_a_usage_error(count: int, tmp_path: Path) -> None:
+    for number in range(count):
+        (tmp_path / "val" / f"n{number:08}").mkdir(parents=True)
+    (tmp_path / "val").mkdir(exist_ok=True)
+    labels = write_labels(tmp_path, "a.JPEG 1\n")
+
+    with pytest.raises(UsageError, match=r"no images in .*val"):
+        imagenet.load(tmp_path / "val", labels)

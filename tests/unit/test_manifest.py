@@ -1,22 +1,40 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from farm.data import manifest
-from farm.data.manifest import UNPREPARED, Header, Manifest, Sample
+from farm.data import manifest, slide
+from farm.data.manifest import UNPREPARED, Header, Manifest, Sample, Windows
+from farm.data.slide import Size
 from farm.errors import DataError, StorageError
 
 HEADER = Header(recipe="lvvit", recipe_digest="d" * 64, dtype="float32", shape=(3, 224, 224), classes=1000)
 A = Sample("a", 1, "0123456789abcdef")
 B = Sample("b", 2, UNPREPARED, "is empty (0 bytes), expected an image")
 
+WINDOWS = Windows(original=Size(500, 375), resized=Size(683, 512), annotation="a" * 16, xxh3=("0" * 16, "1" * 16))
+C = Sample("c", 0, str(WINDOWS))
+
 words = st.text(st.characters(codec="utf-8", exclude_characters="/\x7f", min_codepoint=0x20), min_size=1, max_size=20)
 hashes = st.text("0123456789abcdef", min_size=16, max_size=16)
-samples = st.builds(Sample, words, st.integers(0, 999), hashes) | st.builds(
-    Sample, words, st.integers(0, 999), st.just(UNPREPARED), words
+sides = st.integers(1, 2048)
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> Windows:
+    resized = Size(draw(sides), draw(sides))
+    count = len(slide.windows(resized))
+    each = draw(st.lists(hashes, min_size=count, max_size=count))
+    return Windows(original=Size(draw(sides), draw(sides)), resized=resized, annotation=draw(hashes), xxh3=tuple(each))
+
+
+samples = (
+    st.builds(Sample, words, st.integers(0, 999), hashes)
+    | st.builds(Sample, words, st.integers(0, 999), st.just(UNPREPARED), words)
+    | st.builds(Sample, words, st.just(0), windows().map(str))
 )
 many_samples = st.lists(samples, unique_by=lambda sample: sample.name, max_size=8)
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -199,6 +217,78 @@ def test_what_could_not_be_read_back_is_not_written(sample: Sample, tmp_path: Pa
 def test_two_samples_of_one_name_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="sample a comes after a"):
         manifest.write(tmp_path, HEADER, [A, Sample("a", 2, "0" * 16)])
+
+
+# Segmentation
+
+
+@given(written=windows())
+def test_windows_are_what_their_line_says(written: Windows) -> None:
+    assert Sample("a", 0, str(written)).windows == written
+
+
+@pytest.mark.parametrize("sample", [A, B], ids=["a bin", "unprepared"])
+def test_a_sample_of_classification_has_no_windows(sample: Sample) -> None:
+    assert sample.windows is None
+
+
+def test_an_image_cut_into_windows_is_one_line(tmp_path: Path) -> None:
+    manifest.write(tmp_path, HEADER, [C])
+
+    assert (tmp_path / "manifest").read_text().splitlines()[1] == (
+        "c\t0\t500,375/683,512/aaaaaaaaaaaaaaaa/0000000000000000,1111111111111111"
+    )
+
+
+def test_its_files_are_the_windows_and_the_annotation(tmp_path: Path) -> None:
+    assert [str(path) for path in manifest.paths(Path("bins"), "c", C.xxh3)] == [
+        "bins/c-0,0,512,512-500,375,3-1,683,512.bin",
+        "bins/c-0,171,512,683-500,375,3-1,683,512.bin",
+        "bins/annotations/c.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "500,375/683,512/" + "a" * 16,
+        "500,375/683,512/" + "a" * 16 + "/",
+        "500,375/683,512/" + "a" * 16 + "/" + "0" * 15,
+        "500,375/683,512/" + "0" * 16 + "," + "1" * 16,
+        "0,375/683,512/" + "a" * 16 + "/" + "0" * 16,
+        "500,375/683,99999/" + "a" * 16 + "/" + "0" * 16,
+        "500/683,512/" + "a" * 16 + "/" + "0" * 16,
+    ],
+)
+def test_windows_that_are_malformed_are_a_data_error(text: str, tmp_path: Path) -> None:
+    write_text(tmp_path, header_with() + A.line() + f"c\t0\t{text}\n")
+
+    with pytest.raises(DataError, match=r"line 3 is .*, expected name, label and xxh3 parted by tabs"):
+        manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_another_number_of_windows_than_the_size_gives_is_a_data_error(count: int, tmp_path: Path) -> None:
+    text = "500,375/683,512/" + "a" * 16 + "/" + ",".join(["0" * 16] * count)
+    write_text(tmp_path, header_with() + A.line() + f"c\t0\t{text}\n")
+
+    with pytest.raises(DataError, match=f"line 3: sample c has {count} windows, expected 2 of 683 x 512 pixels"):
+        manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"annotation": "b" * 16}, {"xxh3": ("0" * 16, "2" * 16)}, {"original": Size(501, 375)}],
+    ids=["annotation", "a window", "size"],
+)
+def test_other_windows_or_annotations_have_another_digest(changes: dict[str, object]) -> None:
+    other = Sample("c", 0, str(replace(WINDOWS, **changes)))  # type: ignore[arg-type]
+
+    assert Manifest(HEADER, [other]).digest != Manifest(HEADER, [C]).digest
+
+
+def test_the_digest_of_classification_is_the_one_that_jobs_have_frozen() -> None:
+    assert Manifest(HEADER, [A, B]).digest == "5f32c316a86dd3b8da0e4e64fdaa78062b5c988d7f6247a18c0e3c0e94e65b27"
 
 
 def test_a_disk_that_refuses_is_a_storage_error(tmp_path: Path) -> None:
