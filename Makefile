@@ -23,6 +23,8 @@ check: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.embedded --short
 	$(BIN)/python -m tests.benchmarks.models --short
+	$(BIN)/python -m tests.benchmarks.prepare --images 200
+	$(BIN)/python -m tests.benchmarks.segmentation_memory --short
 
 clean:
 	rm -rf $(VENV)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from sqlalchemy import insert as sql_insert
 
 from db import tables
 from farm.errors import InvariantBroken
-from farm.jobs import Assignment, AttemptState, Budget, ResultState, SampleResult
+from farm.jobs import Assignment, AttemptState, Budget, ResultState, SampleResult, Segments
 
 _K = 5
 _CLASSES = [f"class{i}" for i in range(1, _K + 1)]
@@ -30,8 +30,14 @@ class Row:
     rank: int | None
     classes: tuple[int, ...]
     scores: tuple[float, ...]
+    sha256: str | None  #: of a label map's uint8 values
     reason: str
     device: str
+
+    @property
+    def answer(self) -> str | None:
+        """What the digest has of it: nothing, of a failed sample."""
+        return ",".join(map(str, self.classes)) if self.classes else self.sha256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,14 +78,22 @@ def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleRes
             for sample in samples
         ],
     )
+    segmented = [
+        {"job_id": assignment.job.id, "name": sample.name, "superseded": 0, **asdict(sample.segments)}
+        for sample in samples
+        if sample.segments is not None
+    ]
+    if segmented:
+        conn.execute(sql_insert(tables.segments), segmented)
 
 
 def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, limit: int | None = None) -> Iterator[Row]:
     """The rows that count, in name order."""
-    r = tables.result.c
+    r, s = tables.result.c, tables.segments.c
     query = (
-        select(tables.result, tables.attempt.c.device)
+        select(tables.result, tables.attempt.c.device, s.sha256)
         .join(tables.attempt, tables.attempt.c.id == r.attempt_id)
+        .outerjoin(tables.segments, (s.job_id == r.job_id) & (s.name == r.name) & (s.superseded == r.superseded))
         .where(r.job_id == job_id, r.superseded == 0)
         .order_by(r.name)
         .limit(limit)
@@ -87,17 +101,35 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
     if state is not None:
         query = query.where(r.state == state.value)
     for row in conn.execute(query).mappings():
-        scored = row["state"] == ResultState.SCORED.value
+        classified = row["rank"] is not None
         yield Row(
             name=row["name"],
             state=ResultState(row["state"]),
             label=row["label"],
             rank=row["rank"],
-            classes=tuple(row[key] for key in _CLASSES) if scored else (),
-            scores=tuple(row[key] for key in _SCORES) if scored else (),
+            classes=tuple(row[key] for key in _CLASSES) if classified else (),
+            scores=tuple(row[key] for key in _SCORES) if classified else (),
+            sha256=row["sha256"],
             reason=row["reason"],
             device=row["device"],
         )
+
+
+def segments(conn: Connection, job_id: int, name: str | None = None) -> Iterator[tuple[str, Segments]]:
+    """Names and segments of a job's scored images, in name order; of one image only, if it is named."""
+    query = select(tables.segments).where(tables.segments.c.job_id == job_id, tables.segments.c.superseded == 0)
+    if name is not None:
+        query = query.where(tables.segments.c.name == name)
+    columns = [field.name for field in fields(Segments)]
+    for row in conn.execute(query.order_by(tables.segments.c.name)).mappings():
+        yield row["name"], Segments(**{column: row[column] for column in columns})
+
+
+def areas(conn: Connection, job_id: int) -> NDArray[np.int64]:
+    """Pixels intersecting, predicted and labelled by class, [3, 150], over all images of a job; [3, 0] if none is."""
+    query = select(tables.segments.c.areas).where(tables.segments.c.job_id == job_id, tables.segments.c.superseded == 0)
+    packed = [np.frombuffer(row.areas, "<u4").reshape(3, -1) for row in conn.execute(query)]
+    return np.sum(packed, axis=0, dtype=np.int64) if packed else np.zeros((3, 0), np.int64)
 
 
 def attempt_times(conn: Connection, job_id: int) -> list[AttemptTimes]:

@@ -23,7 +23,7 @@ from sqlalchemy import (
     UniqueConstraint,
 )
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 
 metadata = MetaData(
     naming_convention={
@@ -126,6 +126,21 @@ result = Table(
     *(Column(f"score{i}", Double) for i in range(1, 6)),
     Column("reason", Text, nullable=False, server_default=""),
     sqlite_with_rowid=False,
+)
+
+# What a scored row of a segmentation job has besides; apart from it, for these are large and seldom read.
+segments = Table(
+    "segments",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True, autoincrement=False),
+    Column("name", String(255), primary_key=True),
+    Column("superseded", _Id, primary_key=True, autoincrement=False, server_default="0"),
+    Column("height", Integer, nullable=False),
+    Column("width", Integer, nullable=False),
+    Column("label_map", LargeBinary, nullable=False),  # PNG
+    Column("sha256", String(64), nullable=False),  # of the label map's uint8 values
+    Column("areas", LargeBinary, nullable=False),  # uint32 [3, 150]: intersecting, predicted, labelled
+    Column("merge_ms", Double, nullable=False),
 )
 
 event = Table(

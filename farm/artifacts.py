@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from farm.errors import DataError, UsageError
@@ -29,6 +31,10 @@ class TensorInfo(BaseModel):
     name: str
     dtype: str
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
 
     @classmethod
     def of(cls, tensor: Tensor, bs: int) -> TensorInfo:
@@ -114,27 +120,32 @@ def stored(data_dir: Path, model: str) -> Iterator[Artifact]:
         yield read_sidecar(path)
 
 
-def simulated(spec: ModelSpec, bs: int) -> Artifact:
+def simulated(spec: ModelSpec, bs: int, head: str = "") -> Artifact:
     """What a simulated device "runs": no file, an identity all the same."""
-    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {spec.output.shape}".encode()).hexdigest()
+    output = spec.output_of(head)
+    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {output.shape}".encode()).hexdigest()
     return Artifact(
-        model=spec.name, bs=bs, backend="simulated", soc="cpu", file="", sha256=sha256,
-        input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(spec.output, bs),
+        model=spec.name, bs=bs, backend="simulated", soc="cpu", file="", sha256=sha256, head=head,
+        input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(output, bs),
     )  # fmt: skip
 
 
-def choose(data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wanted: str | None) -> Artifact:
+def choose(
+    data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wanted: str | None, head: str | None = None
+) -> Artifact:
     """
-    The one artifact a job freezes: the only one that fits model and batch size, or the one asked for.
+    The one artifact a job freezes: the only one that fits model, batch size and head, or the one asked for.
 
     `wanted` is a sha256 prefix or a path. Raises `UsageError` when none or several fit.
     """
+    if head is not None and head not in spec.heads:
+        raise UsageError(f"{spec.name} has no head {head!r}: it has {', '.join(spec.heads) or 'one only'}")
     if backend == "simulated":
         if wanted:
             raise UsageError("--artifact does not go with --backend simulated, which runs no file")
-        return simulated(spec, bs)
+        return simulated(spec, bs, head or next(iter(spec.heads), ""))
     everything = list(stored(data_dir, spec.name))
-    fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend)]
+    fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend) and head in (None, a.head)]
     if wanted:
         sha256 = sha256_of(Path(wanted)) if Path(wanted).is_file() else wanted.lower()
         fitting = [a for a in fitting if a.sha256.startswith(sha256) or a.file == wanted]
@@ -142,7 +153,8 @@ def choose(data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wan
         return fitting[0]
     if fitting:
         listing = "\n".join(f"  {a}" for a in fitting)
-        raise UsageError(f"several artifacts of {spec.name} fit bs {bs}; choose one with --artifact SHA:\n{listing}")
+        options = "--artifact SHA or --head" if spec.heads else "--artifact SHA"
+        raise UsageError(f"several artifacts of {spec.name} fit bs {bs}; choose one with {options}:\n{listing}")
     exported = ", ".join(sorted({str(a.bs) for a in everything})) or "none"
     raise UsageError(
         f"no artifact of {spec.name} for bs {bs}"

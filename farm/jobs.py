@@ -88,6 +88,7 @@ class JobSpec:
     dtype: str
     manifest_digest: str
     samples: int  #: the first so many of the manifest
+    windows: int = 0  #: of all these images, for segmentation
     devices: tuple[str, ...] = ()  #: only these; empty: all that match
     allow_failed: int = 0
     provenance: Mapping[str, object]
@@ -137,8 +138,20 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Segments:
+    """What segmentation makes of an image. A class is 0 to 149 everywhere."""
+
+    height: int
+    width: int
+    label_map: bytes  #: PNG of uint8 [height, width]
+    sha256: str  #: of those uint8 values, row by row
+    areas: bytes  #: uint32 little-endian [3, 150]: pixels intersecting, predicted, labelled, by class
+    merge_ms: float  #: from the first window's logits to the label map and the areas
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """One sample's row: scored with its five best classes, or failed with the reason."""
+    """One sample's row: scored with its five best classes or its segments, or failed with the reason."""
 
     name: str
     state: ResultState
@@ -147,6 +160,7 @@ class SampleResult:
     rank: int | None = None  #: of the label, 1 is best
     classes: tuple[int, ...] = ()  #: the five best, score descending, lowest class on ties
     scores: tuple[float, ...] = ()
+    segments: Segments | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

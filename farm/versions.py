@@ -10,7 +10,7 @@ from pathlib import Path
 
 import farm
 
-PACKAGES = ("numpy", "pillow", "onnxruntime", "torch", "celery", "sqlalchemy")
+PACKAGES = ("numpy", "pillow", "opencv-python-headless", "numba", "onnxruntime", "torch", "celery", "sqlalchemy")
 
 
 @cache

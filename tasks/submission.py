@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from db import devices, jobs, results
@@ -14,6 +14,7 @@ from farm.errors import DataError, UsageError
 from farm.jobs import Job, JobSpec
 from farm.settings import Settings
 from farm.versions import versions
+from workers import ring
 from workers.devices import discover
 
 #: Samples a second of a CPU slot before anything was measured.
@@ -30,6 +31,7 @@ class Request:
     devices: tuple[str, ...] = ()
     artifact: str | None = None
     backend: str | None = None
+    head: str | None = None
     allow_failed: int = 0
 
 
@@ -42,10 +44,11 @@ class Plan:
     device_names: tuple[str, ...]  #: that would serve it now
     device_fps: float  #: expected of one device
     bin_bytes: int
+    ring_bytes: int  #: shared memory of a device, whatever the samples
 
     @property
     def expected_s(self) -> float:
-        return self.spec.samples / (self.device_fps * max(1, len(self.device_names)))
+        return (self.spec.windows or self.spec.samples) / (self.device_fps * max(1, len(self.device_names)))
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -54,9 +57,11 @@ class Plan:
             "backend": self.spec.artifact.backend,
             "artifact": self.spec.artifact.sha256,
             "samples": self.spec.samples,
+            "windows": self.spec.windows,
             "shards": len(self.shards),
             "devices": list(self.device_names),
             "bytes": self.bin_bytes,
+            "ring_bytes": self.ring_bytes,
             "device_fps": round(self.device_fps, 2),
             "expected_s": round(self.expected_s, 1),
         }
@@ -67,19 +72,26 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
     spec = zoo.get(request.model)
     if request.bs < 1:
         raise UsageError(f"--bs {request.bs}: a batch size is 1 or more")
-    artifact = artifacts.choose(settings.data_dir, spec, request.bs, backend=request.backend, wanted=request.artifact)
-    if spec.dataset != "imagenet":
-        raise UsageError(f"farm submit {spec.name}: segmentation jobs are not there yet, classifiers are")
+    artifact = artifacts.choose(
+        settings.data_dir,
+        spec,
+        request.bs,
+        backend=request.backend,
+        wanted=request.artifact,
+        head=request.head,
+    )
     directory = manifest.bins_dir(settings.data_dir, spec.recipe, artifact.input.dtype)
     try:
         data = manifest.read(directory)
     except DataError as exc:
-        hint = f"farm prepare {spec.name} --images DIR --labels val_label.txt"
+        truth = "--labels val_label.txt" if spec.dataset == "imagenet" else "--annotations DIR"
+        hint = f"farm prepare {spec.name} --images DIR {truth}"
         hint += "" if artifact.input.dtype == "float32" else f" --input {artifact.input.dtype}"
         raise DataError(f"{exc} ({hint})" if "run farm prepare" in str(exc) else str(exc)) from exc
     samples = len(data.samples) if request.limit is None else min(request.limit, len(data.samples))
     if samples < 1:
         raise UsageError(f"nothing to evaluate: --limit {request.limit}, {len(data.samples)} samples in {directory}")
+    parts = [sample.parts for sample in data.samples[:samples]]
     names = _device_names(settings, database, request, artifact.backend)
     with database.read() as conn:
         measured = results.throughput(conn, artifact.sha256)
@@ -94,6 +106,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             dtype=artifact.input.dtype,
             manifest_digest=data.digest,
             samples=samples,
+            windows=0 if spec.dataset == "imagenet" else sum(parts),
             devices=request.devices,
             allow_failed=request.allow_failed,
             provenance={
@@ -103,11 +116,19 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
                 "recipe_digest": data.header.recipe_digest,
             },
         ),
-        shards=sharding.cut(samples, request.bs, per_shard=int(settings.shard_s * fps), devices=max(1, len(names))),
+        shards=_shards(parts, request.bs, settings.shard_s * fps, len(names)),
         device_names=names,
         device_fps=fps,
-        bin_bytes=samples * replace(spec.input, dtype=artifact.input.dtype).nbytes,
+        bin_bytes=sum(parts) * artifact.input.nbytes // request.bs,
+        ring_bytes=ring.nbytes(artifact.input.nbytes, artifact.output.nbytes),
     )
+
+
+def _shards(parts: Sequence[int], bs: int, per_shard: float, devices: int) -> list[tuple[int, int]]:
+    """Of samples of so many parts each, about `per_shard` parts a shard."""
+    edges = sharding.edges(parts, bs)
+    a_step = sum(parts) / (len(edges) - 1)
+    return sharding.cut(edges, per_shard=int(per_shard / a_step), devices=devices)
 
 
 def submit(database: Database, planned: Plan) -> Job:

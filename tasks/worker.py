@@ -46,7 +46,7 @@ from tasks.app import make_app, queue_of, worker_name
 from tasks.dispatch import ring
 from workers import broker
 from workers.backends.base import Load, TensorSpec
-from workers.devices import LocalDevice, cpu_model, find, lock
+from workers.devices import LocalDevice, cpu_model, discover, find, lock
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class DeviceWorker:
         self.device = device
         self._settings = settings
         self._database = database
-        self._pipeline = Pipeline(settings.deadline_s)
+        self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(settings))
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._app = make_app(broker.url(settings))
@@ -225,6 +225,7 @@ class DeviceWorker:
         return Plan(
             attempt_id=assignment.attempt_id,
             load=self._load(spec),
+            dataset=spec.dataset,
             directory=manifest.bins_dir(data_dir, spec.recipe, spec.dtype),
             samples=samples,
             isolating=assignment.isolating,
@@ -296,6 +297,11 @@ class DeviceWorker:
             pid_started=me.create_time(),
             info={"cpu": cpu_model(), "versions": versions()},
         )
+
+
+def _spare_cores(settings: Settings) -> int:
+    """Threads that post-processing may use: a device's share of the host's cores."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, len(discover(settings))))
 
 
 def _kind(error: FarmError) -> Failure:

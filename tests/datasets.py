@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from PIL import Image
 
 from farm import artifacts, zoo
 from farm.artifacts import Artifact, TensorInfo
@@ -114,3 +116,114 @@ def expected_digest(data_dir: Path, count: int, *, bs: int = 4, seed: int = 0) -
             best = np.argsort(-row, kind="stable")[:5]
             digest.update(f"{name}\t{','.join(map(str, best))}\n".encode())
     return digest.hexdigest()
+
+
+SWIN = zoo.get("swin")
+#: Of pictures, height and width: of two windows, of one, of two without a resize, of five, of two one above the other,
+#: of five lower ones, of two.
+ADE_SIZES = ((480, 640), (512, 512), (512, 700), (300, 1150), (640, 480), (200, 1000), (500, 333))
+
+
+def ade_name(number: int) -> str:
+    return f"ADE_val_{number:08d}"
+
+
+def write_ade(directory: Path, sizes: Sequence[tuple[int, int]] = ADE_SIZES, *, seed: int = 0) -> tuple[Path, Path]:
+    """Folders of images and annotations in ADE20K's layout: soft colours and patches, each with all kinds of values."""
+    images, annotations = directory / "images", directory / "annotations"
+    for folder in (images, annotations):
+        folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for number, (height, width) in enumerate(sizes, start=1):
+        grid = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+        Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC).save(
+            images / f"{ade_name(number)}.jpg", quality=95
+        )
+        patches = rng.integers(0, 151, (7, 7), dtype=np.uint8)
+        patches[0, 0] = 255
+        Image.fromarray(patches).resize((width, height), Image.Resampling.NEAREST).save(
+            annotations / f"{ade_name(number)}.png"
+        )
+    return images, annotations
+
+
+def write_swin_onnx(data_dir: Path, bs: int, head: str, *, seed: int = 0) -> Artifact:
+    """A real graph with swin's tensors: means of 4 x 4 pixels, a random 1 x 1 convolution, for a full head a resize."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    rng = np.random.default_rng(seed)
+    tensors = {
+        "weights": rng.standard_normal((150, 3, 1, 1), dtype=np.float32),
+        "bias": rng.standard_normal(150, dtype=np.float32),
+        "scales": np.array([1, 1, 4, 4], np.float32),
+        "roi": np.zeros(0, np.float32),
+    }
+    small = "output" if head == "small" else "small"
+    nodes = [
+        helper.make_node("AveragePool", ["input"], ["pooled"], kernel_shape=[4, 4], strides=[4, 4]),
+        helper.make_node("Conv", ["pooled", "weights", "bias"], [small], kernel_shape=[1, 1]),
+    ]
+    if head != "small":
+        nodes.append(
+            helper.make_node(
+                "Resize",
+                ["small", "roi", "scales"],
+                ["output"],
+                mode="linear",
+                coordinate_transformation_mode="half_pixel",
+            )
+        )
+    output = SWIN.output_of(head)
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [bs, 3, 512, 512])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [bs, *output.shape])],
+        [numpy_helper.from_array(values, name) for name, values in tensors.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=8)
+    directory = artifacts.directory(data_dir, SWIN.name)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"tiny_bs{bs}_{head}_{seed}.onnx"
+    onnx.save(model, path)
+    artifact = Artifact(
+        model=SWIN.name,
+        bs=bs,
+        backend="ort",
+        soc="cpu",
+        file=path.name,
+        sha256=artifacts.sha256_of(path),
+        head=head,
+        input=TensorInfo.of(SWIN.input, bs),
+        output=TensorInfo.of(output, bs),
+    )
+    artifacts.write_sidecar(directory, artifact)
+    return artifact
+
+
+def published_logits(data_dir: Path, graph: Path, name: str) -> NDArray[np.float64]:
+    """
+    What the published post-processing takes the argmax of, float64 [150, H, W]: a canvas, a division, a resize.
+
+    `graph` has the full head and batch size 1. Nothing of the farm's merge or geometry is used.
+    """
+    import onnxruntime
+    import torch
+
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    total: torch.Tensor | None = None
+    for path in sorted(manifest.bins_dir(data_dir, "seg").glob(f"{name}-*.bin")):
+        *_, box, original, last = path.stem.rsplit("-", 3)
+        x1, y1, x2, y2 = map(int, box.split(","))
+        *_, height, width = map(int, last.split(","))
+        if total is None:
+            total, count = torch.zeros(150, height, width, dtype=torch.float64), torch.zeros(height, width)
+        (logits,) = session.run(None, {"input": np.fromfile(path, np.float32).reshape(1, 3, 512, 512)})
+        total[:, y1:y2, x1:x2] += torch.from_numpy(logits[0, :, : y2 - y1, : x2 - x1]).double()
+        count[y1:y2, x1:x2] += 1
+    assert total is not None
+    size = tuple(map(int, original.split(",")[:2]))
+    merged = torch.nn.functional.interpolate((total / count)[None], size=size, mode="bilinear", align_corners=False)
+    found: NDArray[np.float64] = merged[0].numpy()
+    return found

@@ -13,17 +13,21 @@ import logging
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from time import monotonic, perf_counter
 
+import numpy as np
+
+from farm import sharding
 from farm.data.manifest import Sample
 from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError
 from farm.jobs import Budget, ResultState, SampleResult, ShardResult
 from workers.backends.base import Load, Times
 from workers.device import DeviceProcess
-from workers.postprocess import classify
+from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
 from workers.ring import Buffer, Ring
 
@@ -53,6 +57,7 @@ class Plan:
 
     attempt_id: int
     load: Load
+    dataset: str
     directory: Path  #: of the bins
     samples: Sequence[Sample]
     isolating: bool = False
@@ -68,20 +73,24 @@ class _Run:
     """A plan under way."""
 
     plan: Plan
+    reducer: Reducer
     rows: dict[str, SampleResult] = field(default_factory=dict)
     batch_ms: list[Times] = field(default_factory=list)
     read_ms: float = 0.0
     wait_ms: float = 0.0
     post_ms: float = 0.0
     load_ms: float = 0.0
+    failed: set[str] = field(default_factory=set)
     open_batches: int = 0
     unusable: int = 0  #: samples that never reached the device
-    broke: list[str] = field(default_factory=list)  #: how samples broke the device, while isolating
+    broke: dict[str, str] = field(default_factory=dict)  #: how samples broke the device, while isolating
+    holding: list[_Batch] = field(default_factory=list)  #: batches of which the reducer holds outputs
     claimed: bool = False  #: somebody waits for it; else it is only read ahead
     error: FarmError | None = None
     ended: threading.Event = field(default_factory=threading.Event)
 
     def fail_sample(self, sample: Sample, reason: str) -> None:
+        self.failed.add(sample.name)
         self.rows[sample.name] = SampleResult(
             name=sample.name, state=ResultState.FAILED, label=sample.label, reason=reason
         )
@@ -103,22 +112,28 @@ class _Run:
 
 @dataclass(eq=False)
 class _Batch:
-    """Samples at fixed places of a batch; places that are not `active` hold padding."""
+    """Slots at fixed places of a batch; places that are not `active` hold padding."""
 
     run: _Run
-    samples: Sequence[Sample]
+    slots: Sequence[Slot]
     active: list[int]
     given: Buffer | None = None
     wanted: Buffer | None = None
     ready_at: float = 0.0
 
+    def names(self) -> str:
+        """The samples in it, for a sentence."""
+        return ", ".join(dict.fromkeys(self.slots[place].sample.name for place in self.active))
+
 
 class Pipeline:
     """The threads and the ring of one device. `run` and `read_ahead` are for one caller thread."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, threads: int = 1) -> None:
+        """`threads` is how many post-processing may use."""
         self.device = DeviceProcess()
         self._deadline_s = deadline_s
+        self._threads_for_post = threads
         self._change = threading.Condition()
         # All below is guarded by `_change`.
         self._load: Load | None = None
@@ -158,7 +173,7 @@ class Pipeline:
         if run.error is not None:
             raise run.error
         if len(run.broke) == len(plan.samples) - run.unusable > 1:
-            raise DeviceCrashed(f"every sample breaks the device process: {run.broke[0]}")
+            raise DeviceCrashed(f"every sample breaks the device process: {next(iter(run.broke.values()))}")
         return run.result()
 
     def read_ahead(self, plan: Plan) -> None:
@@ -199,15 +214,24 @@ class Pipeline:
     def _begin(self, plan: Plan) -> _Run:
         if plan.attempt_id in self._runs:
             return self._runs[plan.attempt_id]
-        run = self._runs[plan.attempt_id] = _Run(plan)
+        reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
+        run = self._runs[plan.attempt_id] = _Run(plan, reducer)
         if self._closing:
             self._fail(run, Aborted("the worker is leaving"))
             return run
-        batches = [plan.samples[i : i + plan.bs] for i in range(0, len(plan.samples), plan.bs)]
+        batches = [_Batch(run, slots, list(range(len(slots)))) for slots in self._batches(run)]
         run.open_batches = len(batches)
-        self._todo.extend(_Batch(run, samples, list(range(len(samples)))) for samples in batches)
+        self._todo.extend(batches)
         self._change.notify_all()
         return run
+
+    def _batches(self, run: _Run) -> Iterator[Sequence[Slot]]:
+        """The slots of a run's batches: samples whole and in order, none over an edge; see `farm.sharding`."""
+        samples, bs = run.plan.samples, run.plan.bs
+        edges = sharding.edges([sample.parts for sample in samples], bs)
+        for start, stop in pairwise(edges):
+            slots = [Slot(sample, part) for sample in samples[start:stop] for part in range(sample.parts)]
+            yield from (slots[i : i + bs] for i in range(0, len(slots), bs))
 
     def _fail(self, run: _Run, error: FarmError) -> None:
         if not run.ended.is_set():
@@ -217,6 +241,9 @@ class Pipeline:
         for batch in [b for b in self._ready if b.run is run]:
             self._ready.remove(batch)
             self._release(batch)
+        for batch in run.holding:
+            self._release(batch)
+        run.holding = []
         self._change.notify_all()
 
     def _fail_all(self, exc: Exception) -> None:
@@ -239,6 +266,7 @@ class Pipeline:
         run.open_batches -= 1
         if run.open_batches == 0:
             run.ended.set()
+            self._let_go(run)
 
     # -- the threads ---------------------------------------------------------------------------------------------
 
@@ -283,21 +311,25 @@ class Pipeline:
                 self._change.notify_all()
 
     def _readable(self) -> bool:
-        return self._load == self._todo[0].run.plan.load and bool(self._free_in)
+        plan = self._todo[0].run.plan
+        # Parts of a batch that broke come after what was read ahead: where order matters, nothing is.
+        clear = not (plan.isolating and (self._ready or self._sent or self._done or self._in_hand))
+        return self._load == plan.load and bool(self._free_in) and clear
 
     def _fill(self, batch: _Batch) -> None:
         assert batch.given is not None
-        array = batch.given.array
+        array, run = batch.given.array, batch.run
         for place in range(len(array)):
             if place in batch.active:
-                sample = batch.samples[place]
-                try:
-                    read_bin(batch.run.plan.directory, sample, array[place])
-                    continue
-                except DataError as exc:
-                    batch.run.fail_sample(sample, str(exc))
-                    batch.run.unusable += 1
-                    batch.active.remove(place)
+                slot = batch.slots[place]
+                if slot.part == 0 or slot.sample.name not in run.failed:
+                    try:
+                        read_bin(run.plan.directory, slot.sample, array[place], slot.part)
+                        continue
+                    except DataError as exc:
+                        run.fail_sample(slot.sample, str(exc))
+                        run.unusable += 1
+                batch.active.remove(place)
             array[place] = 0
 
     def _drive(self) -> None:
@@ -423,15 +455,15 @@ class Pipeline:
         if run.error is not None:
             return
         if not (run.plan.isolating and (process_ended or isinstance(error, DataError))):
-            names = ", ".join(batch.samples[place].name for place in batch.active)
-            self._fail(run, type(error)(f"{error} (batch of {names})"))
+            self._fail(run, type(error)(f"{error} (batch of {batch.names()})"))
         elif len(batch.active) == 1:
-            run.broke.append(str(error))
-            run.fail_sample(batch.samples[batch.active[0]], f"breaks the device process: {error}")
+            sample = batch.slots[batch.active[0]].sample
+            run.broke[sample.name] = str(error)
+            run.fail_sample(sample, f"breaks the device process: {error}")
             self._finish(batch)
         else:
             half = len(batch.active) // 2
-            parts = [_Batch(run, batch.samples, part) for part in (batch.active[:half], batch.active[half:])]
+            parts = [_Batch(run, batch.slots, part) for part in (batch.active[:half], batch.active[half:])]
             run.open_batches += 1
             self._todo.extendleft(reversed(parts))
             self._change.notify_all()
@@ -446,9 +478,9 @@ class Pipeline:
                 self._in_hand += 1
             began = perf_counter()
             assert batch.wanted is not None
-            samples = [batch.samples[place] for place in batch.active]
+            run, slots = batch.run, [batch.slots[place] for place in batch.active]
             try:
-                rows, bad = classify(batch.wanted.array[batch.active], samples)
+                rows, bad = run.reducer.take(batch.wanted.array, batch.active, slots, run.failed)
             except BaseException:
                 with self._change:
                     self._in_hand -= 1
@@ -456,9 +488,13 @@ class Pipeline:
                 raise
             with self._change:
                 self._in_hand -= 1
-                self._release(batch)
-                run = batch.run
                 run.post_ms += 1000 * (perf_counter() - began)
+                if batch.given is not None:
+                    self._free_in.append(batch.given)
+                    batch.given = None
+                self._change.notify_all()
+                run.holding.append(batch)
+                self._let_go(run)
                 run.rows.update((row.name, row) for row in rows)
                 if bad and run.plan.non_finite_before:
                     for sample in bad:
@@ -468,3 +504,12 @@ class Pipeline:
                     self._fail(run, NonFinite(f"scores of {names} are not finite numbers"))
                 if run.error is None:
                     self._finish(batch)
+
+    def _let_go(self, run: _Run) -> None:
+        """Free the outputs that the run's reducer does not need any more; all of them, if it has ended."""
+        needed = [] if run.ended.is_set() else run.reducer.held()
+        for batch in list(run.holding):
+            assert batch.wanted is not None
+            if not any(np.may_share_memory(part, batch.wanted.array) for part in needed):
+                run.holding.remove(batch)
+                self._release(batch)

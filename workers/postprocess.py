@@ -1,8 +1,12 @@
-"""Reducing a batch's scores to rows before anything is stored."""
+"""Reducing what comes off a device to rows before anything is stored: one reducer a kind of dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +14,55 @@ from farm.data.manifest import Sample
 from farm.jobs import ResultState, SampleResult
 from farm.metrics import topk
 from workers.backends.base import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """What a place of a batch is filled with."""
+
+    sample: Sample
+    part: int = 0  #: which of its windows
+
+
+class Reducer(ABC):
+    """Makes rows of one run's outputs, which come in the order of its slots. Used from a single thread."""
+
+    @abstractmethod
+    def take(
+        self, outputs: Array, places: Sequence[int], slots: Sequence[Slot], failed: Collection[str]
+    ) -> tuple[list[SampleResult], list[Sample]]:
+        """
+        Rows of the samples that are complete now, and the samples whose scores are not finite.
+
+        `outputs` is a batch, float32 [bs, ...]; slot i lies at places[i]. Samples in `failed` are not awaited any more.
+        """
+
+    def held(self) -> list[Array]:
+        """Parts of outputs taken before that must stay as they are until more have come."""
+        return []
+
+
+#: Modules with a function `reducer(directory, threads)`, by dataset.
+REDUCERS = {"imagenet": "workers.postprocess", "ade20k": "workers.segment"}
+
+
+def reducer_of(dataset: str, directory: Path, threads: int) -> Reducer:
+    """The reducer of a run on bins in `directory`, which may use so many threads."""
+    made: Reducer = import_module(REDUCERS[dataset]).reducer(directory, threads)
+    return made
+
+
+class Classifier(Reducer):
+    """Top-5 rows of class scores."""
+
+    def take(
+        self, outputs: Array, places: Sequence[int], slots: Sequence[Slot], _failed: Collection[str]
+    ) -> tuple[list[SampleResult], list[Sample]]:
+        return classify(outputs[list(places)], [slot.sample for slot in slots])
+
+
+def reducer(_directory: Path, _threads: int) -> Reducer:
+    return Classifier()
 
 
 def classify(scores: Array, samples: Sequence[Sample]) -> tuple[list[SampleResult], list[Sample]]:

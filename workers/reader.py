@@ -7,16 +7,23 @@ from pathlib import Path
 
 import xxhash
 
-from farm.data.manifest import UNPREPARED, Sample, bin_path
+from farm.data.manifest import UNPREPARED, Sample, bin_path, window_paths
 from farm.errors import DataError
 from workers.backends.base import Array
 
 
-def read_bin(directory: Path, sample: Sample, out: Array) -> None:
-    """Fill `out` with a sample's bytes. `DataError` says why a sample cannot be used; `out` is then arbitrary."""
+def read_bin(directory: Path, sample: Sample, out: Array, part: int = 0) -> None:
+    """
+    Fill `out` with the bytes of a sample's bin, or of the bin of one of its windows.
+
+    `DataError` says why the sample cannot be used; `out` is then arbitrary.
+    """
     if sample.xxh3 == UNPREPARED:
         raise DataError(f"was not prepared: {sample.problem}")
-    path = bin_path(directory, sample.name)
+    if windows := sample.windows:
+        path, xxh3 = window_paths(directory, sample.name, windows)[part], windows.xxh3[part]
+    else:
+        path, xxh3 = bin_path(directory, sample.name), sample.xxh3
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
@@ -36,8 +43,8 @@ def read_bin(directory: Path, sample: Sample, out: Array) -> None:
     finally:
         os.close(descriptor)
     found = xxhash.xxh3_64_hexdigest(target)
-    if found != sample.xxh3:
+    if found != xxh3:
         raise DataError(
-            f"bin was altered after it was prepared (xxh3 {found}, the manifest says {sample.xxh3}): {path}. "
+            f"bin was altered after it was prepared (xxh3 {found}, the manifest says {xxh3}): {path}. "
             "Run farm prepare again."
         )

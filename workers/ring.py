@@ -33,7 +33,7 @@ class Ring:
 
     def __init__(self, given: TensorSpec, wanted: TensorSpec) -> None:
         sizes = [given] * INPUTS + [wanted] * OUTPUTS
-        self.nbytes = sum(_aligned(t.nbytes) for t in sizes)
+        self.nbytes = nbytes(given.nbytes, wanted.nbytes)
         self.fd = os.memfd_create("farm-ring", os.MFD_CLOEXEC)
         os.ftruncate(self.fd, self.nbytes)
         memory = mmap.mmap(self.fd, self.nbytes)
@@ -46,6 +46,11 @@ class Ring:
     def close(self) -> None:
         """Give the descriptor back; the memory goes with the last array that views it."""
         os.close(self.fd)
+
+
+def nbytes(given: int, wanted: int) -> int:
+    """What a ring takes for batches of so many bytes: the most a device holds of them, whatever the samples are."""
+    return INPUTS * _aligned(given) + OUTPUTS * _aligned(wanted)
 
 
 def view(memory: mmap.mmap, offset: int, tensor: TensorSpec) -> Array:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import data, database, demo, devices, export, jobs, local, models
+from farm.cli import data, database, demo, devices, export, jobs, local, models, results
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -37,6 +37,8 @@ for command in (
     jobs.jobs,
     jobs.status,
     jobs.report,
+    results.show,
+    results.rescore,
     jobs.cancel,
     devices.devices,
     devices.doctor,

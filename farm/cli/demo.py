@@ -21,7 +21,7 @@ from farm.cli.arguments import batch_sizes
 from farm.errors import FarmError, UsageError
 
 if TYPE_CHECKING:
-    from farm.demo import Home, Input, Outcome, Progress, Truth
+    from farm.demo.home import Home, Input, Outcome, Progress, Truth
 
 #: Exit codes of a command after which there is something to compare.
 DONE, WITH_ERRORS, DETACHED = 0, 3, 130
@@ -34,30 +34,32 @@ ENDS_WITHIN_S = 6.0
 
 
 def demo(
-    model: Annotated[str, typer.Option(help="A classifier of farm models.")] = "lvvit",
-    bs: Annotated[str, typer.Option(help="Batch size, or several: a job each.")] = "4",
-    count: Annotated[int, typer.Option(min=10, max=50_000, help="How many photographs.")] = 256,
+    model: Annotated[str, typer.Option(help="One of farm models.")] = "lvvit",
+    bs: Annotated[
+        str | None, typer.Option(help="Batch size, or several: a job each; if not given 4, for segmentation 1.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many photographs; if not given 256, for segmentation 6.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")] = False,
 ) -> None:
     """
-    Prepare, export and submit on real photographs, and compare with an accuracy that is known beforehand.
+    Prepare, export and submit on real photographs, and compare with figures that are known beforehand.
 
     Works in FARM_HOME/demo/MODEL, a farm home of its own. Exit codes: 0 all is as expected, 1 it is not, 2 usage.
 
     farm demo --bs 1,4
     """
-    from farm import zoo
-    from farm.demo import Home
+    from farm.demo import home_of
     from farm.settings import load_settings
 
-    sizes = batch_sizes(bs)
-    if zoo.get(model).dataset != "imagenet":
-        raise UsageError(f"there is no demo of {model}: --model takes a classifier")
-    home = Home(load_settings().home / "demo" / model, model)
+    home = home_of(load_settings().home / "demo" / model, model)
+    sizes = batch_sizes(str(home.bs) if bs is None else bs)
+    photographs = _checked(home, count)
     shell = _Shell(home=home, out=sys.stderr if as_json else sys.stdout)
     try:
         with home.claimed():
-            made = _input(shell, count)
+            made = _input(shell, photographs)
             jobs = _run(shell, sizes)
     except KeyboardInterrupt:
         print("stopped; farm demo starts over, with its input if that was complete", file=sys.stderr)
@@ -67,7 +69,7 @@ def demo(
         print(json.dumps(_as_json(shell, made, jobs), indent=2))
     else:
         _show(shell, expected, jobs)
-    if wrong := [f"{job} has {_difference(expected, job.outcome)}" for job in jobs if job.outcome != expected]:
+    if wrong := [f"{job} has {_difference(expected, job.outcome)}" for job in jobs if not job.outcome.agrees(expected)]:
         raise FarmError(
             f"the farm did not find what was planted: {'; '.join(wrong)}. Either {home.root} was altered or the farm "
             "is wrong: remove that directory and run farm demo again to see which."
@@ -151,36 +153,41 @@ class _Shell:
         return code
 
 
+def _checked(home: Home, count: int | None) -> int:
+    least, usual, most = home.counts
+    if count is not None and not least <= count <= most:
+        raise UsageError(f"--count {count}: expected {least} to {most} photographs for {home.model}")
+    return usual if count is None else count
+
+
 def _input(shell: _Shell, count: int) -> Input:
     shell.say(f"This demo lives in {shell.home.root}, a farm home of its own: nothing of it mixes with yours.")
     with shell.timed("input"), _bar() as progress:
         made = shell.home.input(count, progress)
     origin = "an earlier demo made them" if made.reused else f"made in {shell.seconds['input']:.0f} s"
     shell.say(
-        f"Input: {count} photographs in ILSVRC2012's layout, seeded weights for {shell.home.model}, and labels "
-        f"planted by PyTorch ({origin})."
+        f"Input: {count} photographs in {shell.home.layout} layout, seeded weights for {shell.home.model}, and "
+        f"{shell.home.planted} planted by PyTorch ({origin})."
     )
-    shell.say(f"Expected: {_in_words(made.truth)}")
+    shell.say(f"Expected: {_in_words(shell.home, made.truth)}")
     return made
 
 
 def _run(shell: _Shell, sizes: Sequence[int]) -> list[_Job]:
     """The commands of the main job, then each job's report."""
-    from farm.demo import Outcome
-
     home, listed = shell.home, ",".join(map(str, sizes))
     configured = [name for name in CONFIGURED if name in os.environ]
     shell.say(f"\n$ cd {shlex.quote(str(home.root))}\n$ export FARM_HOME=$PWD")
     if configured:
         shell.say(f"$ unset {' '.join(configured)}")
     _cancel_interrupted(shell)
-    shell.type("prepare", home.model, "--images", str(home.images), "--labels", str(home.labels))
-    shell.type("export", home.model, "--weights", str(home.weights), "--bs", listed)
-    shell.type("submit", home.model, "--bs", listed)
+    shell.type("prepare", home.model, "--images", str(home.images), home.labels_option, str(home.labels))
+    shell.type("export", home.model, "--weights", str(home.weights), "--bs", listed, *home.options)
+    shell.type("submit", home.model, "--bs", listed, *home.options)
     numbers = sorted(job["job"] for job in json.loads(shell.ask("jobs", "--limit", str(len(sizes)), "--json")))
     reports = [json.loads(shell.ask("report", str(number), "--json")) for number in numbers]
     return [
-        _Job(number=report["job"], bs=report["bs"], outcome=Outcome.of(report), digest=report["digest"])
+        _Job(number=report["job"], bs=report["bs"], outcome=home.measured(report), digest=report["digest"])
         for report in reports
     ]
 
@@ -240,26 +247,16 @@ def _ending(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _in_words(truth: Truth) -> str:
-    outcome = truth.outcome
-    return (
-        f"top-1 {outcome.top1:.3f} % ({outcome.top1_correct}), top-5 {outcome.top5:.3f} % ({outcome.top5_correct}); "
-        f"no class is the top-1 of more than {100 * truth.favourite_share:.1f} %."
-    )
-
-
-def _figures(outcome: Outcome) -> dict[str, str]:
-    return {
-        "top-1": f"{outcome.top1:.3f} % ({outcome.top1_correct})",
-        "top-5": f"{outcome.top5:.3f} % ({outcome.top5_correct})",
-        "scored": str(outcome.scored),
-        "failed": str(outcome.failed),
-    }
+def _in_words(home: Home, truth: Truth) -> str:
+    metrics = ", ".join(f"{figure.name} {figure.shown}" for figure in truth.outcome.metrics())
+    return f"{metrics}; {home.favourite} {100 * truth.favourite_share:.1f} %."
 
 
 def _difference(expected: Outcome, measured: Outcome) -> str:
-    pairs = zip(_figures(expected).items(), _figures(measured).values(), strict=True)
-    return ", ".join(f"{name} {found} instead of {wanted}" for (name, wanted), found in pairs if found != wanted)
+    pairs = zip(expected.figures(), measured.figures(), strict=True)
+    return ", ".join(
+        f"{wanted.name} {found.shown} instead of {wanted.shown}" for wanted, found in pairs if not found.agrees(wanted)
+    )
 
 
 def _show(shell: _Shell, expected: Outcome, jobs: Sequence[_Job]) -> None:
@@ -269,14 +266,13 @@ def _show(shell: _Shell, expected: Outcome, jobs: Sequence[_Job]) -> None:
     table = Table("", box=None, pad_edge=False)
     for title in ("expected", *map(str, jobs)):
         table.add_column(title, justify="right")
-    measured = [_figures(job.outcome) for job in jobs]
-    for name, wanted in _figures(expected).items():
-        cells = [figures[name] for figures in measured]
-        table.add_row(name, wanted, *(cell if cell == wanted else f"[bold red]{cell} differs[/]" for cell in cells))
+    for wanted, *measured in zip(expected.figures(), *(job.outcome.figures() for job in jobs), strict=True):
+        cells = (f.shown if f.agrees(wanted) else f"[bold red]{f.shown} differs[/]" for f in measured)
+        table.add_row(wanted.name, wanted.shown, *cells)
     shell.say()
     Console(file=shell.out).print(table)
     took = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in shell.seconds.items())
-    if all(job.outcome == expected for job in jobs):
+    if all(job.outcome.agrees(expected) for job in jobs):
         shell.say(f"Equal: the farm found what was planted ({took}).")
 
 
@@ -292,11 +288,11 @@ def _as_json(shell: _Shell, made: Input, jobs: Sequence[_Job]) -> dict[str, Any]
                 "job": job.number,
                 "bs": job.bs,
                 "measured": job.outcome.as_json(),
-                "equal": job.outcome == expected,
+                "equal": job.outcome.agrees(expected),
                 "digest": job.digest,
             }
             for job in jobs
         ],
-        "equal": all(job.outcome == expected for job in jobs),
+        "equal": all(job.outcome.agrees(expected) for job in jobs),
         "seconds": shell.seconds,
     }

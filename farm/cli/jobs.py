@@ -31,6 +31,7 @@ def submit(
     devices: Annotated[str | None, typer.Option(help="Only these: host:0,host:1.")] = None,
     artifact: Annotated[str | None, typer.Option(help="sha256 (or its beginning) or file, where several fit.")] = None,
     backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
     allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 with up to N failed samples.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job would be and what is missing.")] = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end and print the report.")] = True,
@@ -43,9 +44,18 @@ def submit(
     settings = load_settings()
     _check_backend(backend)
     sizes = batch_sizes(bs)
+    wanted = {
+        "model": model,
+        "limit": limit,
+        "devices": names(devices),
+        "artifact": artifact,
+        "backend": backend,
+        "head": head,
+        "allow_failed": allow_failed,
+    }
     if dry_run or not wait:
         database = _open(settings)
-        plans = _plans(settings, database, model, sizes, limit, devices, artifact, backend, allow_failed)
+        plans = _plans(settings, database, sizes, **wanted)
         if dry_run:
             _show_plans(plans, as_json)
         else:
@@ -54,7 +64,7 @@ def submit(
     # The farm starts while this process is still importing and planning.
     with local.joined(settings) as keep_farm:
         database = _open(settings)
-        plans = _plans(settings, database, model, sizes, limit, devices, artifact, backend, allow_failed)
+        plans = _plans(settings, database, sizes, **wanted)
         job_ids = _create(settings, database, plans)
         code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
     raise typer.Exit(code)
@@ -119,11 +129,15 @@ def status(job: JobId, as_json: Json = False) -> None:
         print(f"no farm is up: farm wait {job} or farm up goes on with it")
 
 
-def report(job: JobId, as_json: Json = False) -> None:
+def report(
+    job: JobId,
+    classes: Annotated[bool, typer.Option("--per-class", help="Of segmentation: IoU and Acc of each class.")] = False,
+    as_json: Json = False,
+) -> None:
     """Print a job's report, as submit did when it ended; of a running job, what is known so far."""
     from farm.settings import load_settings
 
-    raise typer.Exit(_report_all(_open(load_settings()), [job], as_json))
+    raise typer.Exit(_report_all(_open(load_settings()), [job], as_json, classes=classes))
 
 
 def cancel(job: JobId) -> None:
@@ -151,35 +165,10 @@ def _open(settings: Settings) -> Database:
     return open_database(settings)
 
 
-def _plans(
-    settings: Settings,
-    database: Database,
-    model: str,
-    sizes: list[int],
-    limit: int | None,
-    devices: str | None,
-    artifact: str | None,
-    backend: str | None,
-    allow_failed: int,
-) -> list[Plan]:
+def _plans(settings: Settings, database: Database, sizes: list[int], **wanted: Any) -> list[Plan]:
     from tasks.submission import Request, plan
 
-    return [
-        plan(
-            settings,
-            database,
-            Request(
-                model=model,
-                bs=bs,
-                limit=limit,
-                devices=names(devices),
-                artifact=artifact,
-                backend=backend,
-                allow_failed=allow_failed,
-            ),
-        )
-        for bs in sizes
-    ]
+    return [plan(settings, database, Request(bs=bs, **wanted)) for bs in sizes]
 
 
 def _create(settings: Settings, database: Database, plans: list[Plan]) -> list[int]:
@@ -202,11 +191,16 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     for p in plans:
         mark = " (simulated)" if p.spec.artifact.backend == "simulated" else ""
         print(
-            f"{p.spec.model} bs {p.spec.bs}{mark}: {p.spec.samples} samples in {len(p.shards)} shards on "
+            f"{p.spec.model} bs {p.spec.bs}{mark}: {_extent(p)} in {len(p.shards)} shards on "
             f"{len(p.device_names)} devices ({', '.join(p.device_names)}), {p.bin_bytes / 1e9:.2f} GB to read, "
-            f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device; artifact {p.spec.artifact}. "
-            "Nothing is missing."
+            f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device, {p.ring_bytes / 1e6:.0f} MB of buffers "
+            f"each; artifact {p.spec.artifact}. Nothing is missing."
         )
+
+
+def _extent(plan: Plan) -> str:
+    spec = plan.spec
+    return f"{spec.samples} images of {spec.windows} windows" if spec.windows else f"{spec.samples} samples"
 
 
 def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool) -> None:
@@ -236,11 +230,14 @@ def _wait_and_report(settings: Settings, database: Database, job_ids: list[int],
     return _report_all(database, job_ids, as_json)
 
 
-def _report_all(database: Database, job_ids: list[int], as_json: bool) -> int:
+def _report_all(database: Database, job_ids: list[int], as_json: bool, *, classes: bool = False) -> int:
+    from farm.errors import UsageError
     from farm.reports.report import build
-    from farm.reports.terminal import show
+    from farm.reports.terminal import per_class, show
 
     reports = [build(database, job_id) for job_id in job_ids]
+    if classes and not all(each["windows"] for each in reports):
+        raise UsageError("--per-class is for segmentation: this job's metric has no figures by class")
     if as_json:
         _print_json(reports[0] if len(reports) == 1 else reports)
     else:
@@ -248,6 +245,8 @@ def _report_all(database: Database, job_ids: list[int], as_json: bool) -> int:
             if number:
                 print()
             show(each, _console(stderr=False))
+            if classes:
+                print(f"\n{per_class(each)}")
     codes = [_exit_code(each) for each in reports]
     return next((code for code in (FAILED, WITH_ERRORS) if code in codes), DONE)
 

@@ -80,6 +80,12 @@ class Sample:
         """Of a prepared image of segmentation."""
         return Windows.parse(self.xxh3) if "/" in self.xxh3 else None
 
+    @property
+    def parts(self) -> int:
+        """How many bins it has; of a sample that could not be prepared 1, which is missing."""
+        windows = self.windows
+        return len(windows.xxh3) if windows else 1
+
     def line(self) -> str:
         fields = [self.name, str(self.label), self.xxh3]
         return "\t".join([*fields, self.problem] if self.problem else fields) + "\n"

@@ -47,19 +47,19 @@ def write_imagenet(directory: Path, count: int, seed: int) -> list[Path]:
 
     `UsageError` without scikit-image, `StorageError` when the disk refuses.
     """
-    photographs = _photographs()
+    originals = photographs()
     with disk.writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"ILSVRC2012_val_{number:08}.JPEG" for number in range(1, count + 1)]
     for index, path in enumerate(paths):
         # Seeded one by one: a longer dataset begins with the shorter one's files.
-        data = _jpeg(photographs, index, random.Random(f"{seed}/{index}"))  # noqa: S311
+        data = _jpeg(originals, index, random.Random(f"{seed}/{index}"))  # noqa: S311
         if not path.is_file() or path.read_bytes() != data:
             disk.replace(path, data, partial=path.with_suffix(".tmp"))
     return paths
 
 
-def _photographs() -> list[Image.Image]:
+def photographs() -> list[Image.Image]:
     # Found, not imported: importing scikit-image pulls in scipy.
     spec = find_spec("skimage")
     folder = Path(spec.origin).parent / "data" if spec and spec.origin else None
@@ -77,8 +77,8 @@ def _photographs() -> list[Image.Image]:
 def _jpeg(photographs: Sequence[Image.Image], index: int, rng: random.Random) -> bytes:
     """One file: a piece of a photograph, varied in all ways that change what a network sees."""
     kind = index % PERIOD
-    image = _piece(photographs[index % len(photographs)], *_size(kind, rng), rng)
-    image = _recolour(_turn(image, rng), rng)
+    image = piece(photographs[index % len(photographs)], *_size(kind, rng), rng)
+    image = recolour(_turn(image, rng), rng)
     exif = Image.Exif()
     if kind == CMYK:
         image = image.convert("CMYK")
@@ -100,7 +100,7 @@ def _size(kind: int, rng: random.Random) -> tuple[int, int]:
     return (long, short) if rng.random() < 0.6 else (short, long)
 
 
-def _piece(photograph: Image.Image, width: int, height: int, rng: random.Random) -> Image.Image:
+def piece(photograph: Image.Image, width: int, height: int, rng: random.Random) -> Image.Image:
     """A random part of the photograph in the wanted shape, brought to the wanted size."""
     most = min(photograph.width / width, photograph.height / height)
     scale = most * rng.uniform(0.45, 1.0)
@@ -117,7 +117,7 @@ def _turn(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
-def _recolour(image: Image.Image, rng: random.Random) -> Image.Image:
+def recolour(image: Image.Image, rng: random.Random) -> Image.Image:
     """Channels with a gain each, at times in another order; then contrast and brightness."""
     channels = rng.sample(image.split(), 3) if rng.random() < 0.4 else image.split()
     gains = [rng.uniform(0.55, 1.25) for _ in channels]

@@ -132,10 +132,38 @@ def centre_head(state: Mapping[str, Tensor], scores: Scores) -> Centred:
     # The head's own, or the first of two that are summed.
     name = next(name for name in state if name.startswith("head.") and name.endswith("bias"))
     bias = state[name]
-    shifted = (bias.to(torch.float64) - torch.from_numpy(_evening_shift(scores))).to(bias.dtype)
+    shifted = (bias.to(torch.float64) - torch.from_numpy(evening_shift(scores, MOST))).to(bias.dtype)
     moved = shifted.to(torch.float64) - bias.to(torch.float64)  # what rounding the bias left of the shift
     centred = (scores.astype(np.float64) + moved.numpy()).astype(np.float32)
     return Centred(state={**state, name: shifted}, scores=centred)
+
+
+def evening_shift(scores: Scores, share: float) -> npt.NDArray[np.float64]:
+    """
+    What to take off each class's scores, [classes], so that none wins more than this share of the samples.
+
+    Its mean, and more where the class still wins too often. `FarmError` if no shift does it.
+    """
+    shift: npt.NDArray[np.float64] = scores.mean(axis=0, dtype=np.float64)
+    centred = scores - shift
+    samples, classes = scores.shape
+    most = max(1, int(share * samples))
+    for _ in range(10 * classes):
+        winners = centred.argmax(axis=1)
+        wins = np.bincount(winners, minlength=classes)
+        favourite = int(wins.argmax())
+        if wins[favourite] <= most:
+            return shift
+        won = centred[winners == favourite]
+        leads = np.sort(won[:, favourite] - np.delete(won, favourite, axis=1).max(axis=1))[::-1]
+        # The samples with the smallest leads go to their runners-up, by enough that these are clear answers.
+        less = leads[most] + 2 * LEAD
+        shift[favourite] += less
+        centred[:, favourite] -= less
+    raise FarmError(
+        f"no class bias spreads the answers to {samples} samples so that none is given to more than {most}: "
+        "too many of the images are the same"
+    )
 
 
 def plant_labels(scores: Scores, seed: int, *, wrong: float = 0.2) -> Planted:
@@ -174,34 +202,10 @@ def _seeded(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
         # would answer in thousands.
         return (0.3 if "_block.bn3." in name else 1.0) * (1 + 0.1 * noise)
     # Half of what a convolution of the stem puts out dies in its ReLU; scores shall stand well apart from rounding.
-    gain = 9.0 if "head" in name else 2.0 if like.dim() == 4 else 1.0
+    gain = 9.0 if name.endswith(("head.weight", "conv_seg.weight")) else 2.0 if like.dim() == 4 else 1.0
     if name.endswith("conv_cls_head.weight"):
         gain = 0.25  # its input is large, and a probability must not vanish
     return noise * math.sqrt(gain / like[0].numel())
-
-
-def _evening_shift(scores: Scores) -> npt.NDArray[np.float64]:
-    """What to take off each class's scores, [classes]: its mean, and more where the class still wins too often."""
-    shift: npt.NDArray[np.float64] = scores.mean(axis=0, dtype=np.float64)
-    centred = scores - shift
-    samples, classes = scores.shape
-    most = max(1, int(MOST * samples))
-    for _ in range(10 * classes):
-        winners = centred.argmax(axis=1)
-        wins = np.bincount(winners, minlength=classes)
-        favourite = int(wins.argmax())
-        if wins[favourite] <= most:
-            return shift
-        won = centred[winners == favourite]
-        leads = np.sort(won[:, favourite] - np.delete(won, favourite, axis=1).max(axis=1))[::-1]
-        # The samples with the smallest leads go to their runners-up, by enough that these are clear answers.
-        less = leads[most] + 2 * LEAD
-        shift[favourite] += less
-        centred[:, favourite] -= less
-    raise FarmError(
-        f"no class bias spreads the answers to {samples} images so that none is given to more than {most}: "
-        "too many of the images are the same"
-    )
 
 
 def _plant(row: Scores, kind: int, generator: np.random.Generator) -> tuple[int, int]:

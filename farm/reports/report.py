@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from db import jobs, results
 from db.engine import Database
-from db.results import AttemptTimes, Row
+from db.results import AttemptTimes
 from farm import zoo
+from farm.data.ade20k_classes import NAMES
 from farm.digest import answers_digest
 from farm.jobs import JobState, ResultState
-from farm.metrics import topk
+from farm.metrics import miou, topk
 
 SCHEMA = 1
 Report = dict[str, Any]
@@ -28,6 +30,7 @@ def build(database: Database, job_id: int) -> Report:
         times = results.attempt_times(conn, job_id)
         spent = results.spent(conn, job_id)
         attempts = results.attempts_by_state(conn, job_id)
+        areas = results.areas(conn, job_id) if job.spec.windows else None
     spec = job.spec
     scored = [row for row in rows if row.state is ResultState.SCORED]
     failed = [row for row in rows if row.state is ResultState.FAILED]
@@ -45,8 +48,9 @@ def build(database: Database, job_id: int) -> Report:
         "bs": spec.bs,
         "backend": spec.artifact.backend,
         "artifact": spec.artifact.sha256,
-        **_accuracy(scored),
+        **(classified(row.rank for row in scored) if areas is None else segmented(areas)),
         "samples": {"total": spec.samples, "scored": len(scored), "failed": len(failed)},
+        "windows": spec.windows,
         "failed": [{"name": row.name, "reason": row.reason} for row in failed],
         "fps": {
             "device": _device_fps(times, spec.bs),
@@ -57,7 +61,7 @@ def build(database: Database, job_id: int) -> Report:
         "devices": devices,
         "attempts": attempts,
         "budget_ms": _budget(times),
-        "digest": answers_digest((r.name, r.classes or None) for r in rows) if complete else None,
+        "digest": answers_digest((row.name, row.answer) for row in rows) if complete else None,
         "reference": {
             "metrics": dict(reference.reference),
             "device_fps": reference.reference_fps.get(spec.bs),
@@ -70,13 +74,33 @@ def build(database: Database, job_id: int) -> Report:
     }
 
 
-def _accuracy(scored: Sequence[Row]) -> Report:
-    n = len(scored)
-    correct = {f"top{k}": sum(1 for row in scored if row.rank is not None and row.rank <= k) for k in (1, 5)}
+def classified(ranks: Iterable[int | None]) -> Report:
+    """Accuracy, from the labels' ranks in the scores of all scored samples; None is below the fifth."""
+    found = list(ranks)
+    correct = {f"top{k}": sum(rank is not None and rank <= k for rank in found) for k in (1, 5)}
     return {
-        "metrics": {name: topk.percent(count, n) for name, count in correct.items()},
-        "interval": {name: topk.interval(count, n) for name, count in correct.items()},
+        "metrics": {name: topk.percent(count, len(found)) for name, count in correct.items()},
+        "interval": {name: topk.interval(count, len(found)) for name, count in correct.items()},
     }
+
+
+def segmented(areas: NDArray[np.int64]) -> Report:
+    """Accuracy, from pixels by class of all scored images, [3, 150]; classes that no pixel speaks of have None."""
+    found = miou.metrics(areas) if areas.size else None
+    names = ("miou", "aacc", "macc")
+    return {
+        "metrics": {name: _number(getattr(found, name)) if found else None for name in names},
+        # Pixels of an image are not independent of each other: no interval that is easily computed would be true.
+        "interval": dict.fromkeys(names),
+        "classes": [
+            {"class": name, "iou": _number(iou), "acc": _number(acc)}
+            for name, iou, acc in (zip(NAMES, found.iou, found.acc, strict=True) if found else ())
+        ],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if isnan(value) else float(value)
 
 
 def _device_fps(times: Iterable[AttemptTimes], bs: int) -> float | None:

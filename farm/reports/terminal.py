@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prettytable import PrettyTable
 from rich.console import Console
 from rich.table import Table
 
@@ -52,11 +53,46 @@ def _figures(report: Report) -> Table:
     mark = " simulated" if report["simulated"] else ""
     given = reference["device_fps"]
     table.add_row("device fps", _number(report["fps"]["device"]) + mark, "", "-" if given is None else f"{given}")
-    table.add_row("wall fps", f"{_number(report['fps']['wall'])}{mark}, all devices", "", "")
+    what = f" images/s, {_number(_windows_a_s(report))} windows/s" if report["windows"] else ", all devices"
+    table.add_row("wall fps", f"{_number(report['fps']['wall'])}{what}{mark}", "", "")
     table.add_row("wall time", f"{report['wall_s']:.1f} s", "", "")
     busy = report["busy"]
     table.add_row("device busy", "-" if busy is None else f"{100 * busy:.1f} %", "", "")
     return table
+
+
+def show_metrics(found: Report, console: Console) -> None:
+    """A job's metrics against other labels than its own."""
+    mark = " (simulated)" if found["simulated"] else ""
+    console.print(
+        f"job {found['job']}: {found['model']} bs {found['bs']}{mark} against {found['labels']}", highlight=False
+    )
+    table = Table("", "measured", "95 % interval", box=None, pad_edge=False)
+    for name, value in found["metrics"].items():
+        between = found["interval"][name]
+        span = "-" if between is None else f"{between[0]:.3f} to {between[1]:.3f}"
+        table.add_row(name, "-" if value is None else f"{value:.3f} %", span)
+    table.add_row("samples", f"{found['samples']['scored']} scored", "")
+    console.print(table)
+
+
+def _windows_a_s(report: Report) -> float | None:
+    """Of all devices, over wall time, if the images that are through have as many windows as the others."""
+    wall = report["fps"]["wall"]
+    return wall * report["windows"] / report["samples"]["total"] if wall else None
+
+
+def per_class(report: Report) -> str:
+    """The tables that segmentation toolboxes print: percent, two decimals at most, in the order of the dataset."""
+    classes = PrettyTable(["Class", "IoU", "Acc"])
+    classes.add_rows([[line["class"], _rounded(line["iou"]), _rounded(line["acc"])] for line in report["classes"]])
+    summary = PrettyTable(["aAcc", "mIoU", "mAcc"])
+    summary.add_row([_rounded(report["metrics"][name]) for name in ("aacc", "miou", "macc")])
+    return f"per class results:\n{classes}\n\nSummary:\n{summary}"
+
+
+def _rounded(percent: float | None) -> str:
+    return "nan" if percent is None else str(round(percent, 2))
 
 
 def _devices(report: Report) -> Table:

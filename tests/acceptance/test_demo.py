@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from farm.data import manifest
-from farm.demo import Outcome, Truth
+from farm.demo.classification import Outcome, Truth
 from tests.acceptance.conftest import Farm, wait_for
 
 COUNT = 48

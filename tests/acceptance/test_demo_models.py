@@ -28,5 +28,18 @@ def test_the_farm_finds_what_was_planted_at_both_batch_sizes(model: str, tmp_pat
     assert (farm.home / "demo" / model / "data" / "bins" / f"{zoo.get(model).recipe}-float32" / "manifest").is_file()
 
 
-def test_a_model_without_a_demo_is_refused(tmp_path: Path) -> None:
-    assert "there is no demo of swin" in Farm(tmp_path).run("demo", "--model", "swin", code=2).stderr
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--model", "nobody"], "nobody"),
+        (["--count", "9"], "--count 9: expected 10 to 50000 photographs for lvvit"),
+        (["--model", "swin", "--count", "61"], "--count 61: expected 1 to 60 photographs for swin"),
+        (["--model", "swin", "--count", "0"], "--count 0: expected 1 to 60 photographs for swin"),
+        (["--model", "swin", "--bs", "x"], "--bs x: expected different batch sizes"),
+    ],
+)
+def test_what_there_is_no_demo_of_is_refused(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    farm = Farm(tmp_path / "home")
+
+    assert sentence in farm.run("demo", *arguments, code=2).stderr
+    assert not (farm.home / "demo").exists()

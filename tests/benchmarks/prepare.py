@@ -64,7 +64,7 @@ def main() -> None:
 
 def _write_images(root: Path, count: int) -> None:
     """Photographs of about 500 x 375, two of five upright, and their labels and annotations."""
-    photographs = synthetic._photographs()
+    photographs = synthetic.photographs()
     (root / "images").mkdir()
     (root / "few").mkdir()
     (root / "annotations").mkdir()
@@ -74,7 +74,7 @@ def _write_images(root: Path, count: int) -> None:
             rng = random.Random(index)
             short = rng.choice((333, 375, 375, 400))
             size = (500, short) if rng.random() < 0.6 else (short, 500)
-            image = synthetic._recolour(synthetic._piece(photographs[index % len(photographs)], *size, rng), rng)
+            image = synthetic.recolour(synthetic.piece(photographs[index % len(photographs)], *size, rng), rng)
             image.save(path, quality=95)
         else:
             shutil.copyfile(root / "images" / f"ILSVRC2012_val_{index % PICTURES + 1:08}.JPEG", path)

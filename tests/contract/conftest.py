@@ -30,7 +30,7 @@ from farm.jobs import (
     ShardResult,
     ShardState,
 )
-from farm.sharding import cut
+from farm.sharding import cut, edges
 
 LEASE_S = 30.0
 
@@ -115,7 +115,9 @@ class Fleet:
             provenance={},
         )
         with self.database.write() as conn:
-            return jobs.create(conn, self.database, spec, shards or cut(samples, bs, per_shard=bs, devices=1))
+            return jobs.create(
+                conn, self.database, spec, shards or cut(edges([1] * samples, bs), per_shard=1, devices=1)
+            )
 
     def worker(self, index: int = 0, *, backends: tuple[str, ...] = ("simulated",)) -> Worker:
         """The start of a device's worker: a new incarnation."""

@@ -484,6 +484,7 @@ def test_a_scored_row_holds_the_answer_and_who_gave_it(fleet: Fleet) -> None:
             rank=3,
             classes=(7, 0, 1, 2, 3),
             scores=(5.5, 4.0, 3.0, 2.0, 1.0),
+            sha256=None,
             reason="",
             device="h:0",
         )

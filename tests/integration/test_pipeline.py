@@ -109,6 +109,7 @@ def plan_of(
     return Plan(
         attempt_id=attempt_id,
         load=load or simulated(),
+        dataset="imagenet",
         directory=data.directory,
         samples=data.samples[start:stop],
         isolating=isolating,
@@ -197,7 +198,13 @@ def test_rows_of_a_real_model_are_those_of_its_graph_in_numpy(pipeline: Pipeline
         output=TensorSpec(**artifact.output.model_dump()),
         device="h:0",
     )
-    plan = Plan(attempt_id=1, load=load, directory=bins_dir(tmp_path, LVVIT.recipe), samples=manifest.samples)
+    plan = Plan(
+        attempt_id=1,
+        load=load,
+        dataset="imagenet",
+        directory=bins_dir(tmp_path, LVVIT.recipe),
+        samples=manifest.samples,
+    )
 
     result = pipeline.run(plan)
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 from farm import nets, zoo
 from farm.data import imagenet, recipes
-from farm.demo import Home, Input, Outcome
+from farm.demo.classification import ClassificationHome, Outcome, Truth
+from farm.demo.home import Home, Input
 from farm.errors import UsageError
 from farm.export import planted
 from farm.export.checkpoint import load_checkpoint
@@ -39,6 +40,11 @@ def only_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("farm.export.require_torch", begin)
 
 
+def truth_of(made: Input) -> Truth:
+    assert isinstance(made.truth, Truth)
+    return made.truth
+
+
 def contents(home: Home) -> dict[str, bytes]:
     """Every file of the input."""
     paths = [*(home.root / home.images).iterdir(), *(home.root / p for p in (home.labels, home.weights, home.expected))]
@@ -54,7 +60,7 @@ def correct(scores: Scores, labels: list[int], k: int) -> int:
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     root = tmp_path_factory.mktemp("demo")
-    return Home(root, "lvvit")
+    return ClassificationHome(root, "lvvit")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +100,7 @@ def test_images_and_labels_are_as_ilsvrc2012_has_them(home: Home, images: list[P
 
 
 def test_the_saved_weights_give_the_accuracy_that_is_expected(made: Input, labels: list[int], scores: Scores) -> None:
-    outcome = made.truth.outcome
+    outcome = truth_of(made).outcome
     assert (outcome.top1_correct, outcome.top5_correct) == (correct(scores, labels, 1), correct(scores, labels, 5))
     assert (outcome.scored, outcome.failed) == (COUNT, 0)
     assert outcome.top1_correct < outcome.top5_correct < COUNT, "some labels are wrong, and some of those beyond rank 5"
@@ -115,15 +121,15 @@ def test_the_farm_prepares_every_image_as_the_reference_does(images: list[Path])
 @pytest.mark.parametrize("by", [1, -1])
 def test_labels_that_slip_by_one_line_change_the_score(by: int, made: Input, labels: list[int], scores: Scores) -> None:
     slipped = list(np.roll(labels, by))
-    assert correct(scores, slipped, 1) < made.truth.top1_correct / 2
-    assert correct(scores, slipped, 5) < made.truth.top5_correct
+    assert correct(scores, slipped, 1) < truth_of(made).top1_correct / 2
+    assert correct(scores, slipped, 5) < truth_of(made).top5_correct
 
 
 @pytest.mark.parametrize("by", [1, -1])
 def test_labels_counted_from_one_more_or_less_change_the_score(
     by: int, made: Input, labels: list[int], scores: Scores
 ) -> None:
-    assert correct(scores, [(label + by) % 1000 for label in labels], 1) < made.truth.top1_correct / 2
+    assert correct(scores, [(label + by) % 1000 for label in labels], 1) < truth_of(made).top1_correct / 2
 
 
 def test_any_two_samples_that_change_places_change_the_score_if_both_are_right_and_differ(
@@ -136,7 +142,7 @@ def test_any_two_samples_that_change_places_change_the_score_if_both_are_right_a
     for first, second in pairs:
         places = np.arange(COUNT)
         places[[first, second]] = second, first
-        assert correct(scores[places], labels, 1) == made.truth.top1_correct - 2
+        assert correct(scores[places], labels, 1) == truth_of(made).top1_correct - 2
 
 
 def test_a_complete_input_is_not_made_again(home: Home, made: Input, only_reused: None) -> None:
@@ -149,7 +155,7 @@ def test_a_complete_input_is_not_made_again(home: Home, made: Input, only_reused
 
 @pytest.mark.parametrize("lost", ["images", "labels", "weights", "expected"])
 def test_an_input_that_lacks_something_is_made_again(lost: str, made: Input, only_reused: None, tmp_path: Path) -> None:
-    home = Home(tmp_path, "lvvit")
+    home = ClassificationHome(tmp_path, "lvvit")
     key = made.truth.key.model_copy(update={"count": 1})
     write_hollow(home, made.truth.model_copy(update={"key": key}).model_dump_json())
     assert home.input(1, nobody).reused
@@ -167,7 +173,7 @@ def test_an_input_that_lacks_something_is_made_again(lost: str, made: Input, onl
 def test_an_input_of_another_kind_is_made_again(
     change: dict[str, object], made: Input, only_reused: None, tmp_path: Path
 ) -> None:
-    home = Home(tmp_path, "lvvit")
+    home = ClassificationHome(tmp_path, "lvvit")
     key = made.truth.key.model_copy(update={"count": 1, **change})
     write_hollow(home, made.truth.model_copy(update={"key": key}).model_dump_json())
 
@@ -176,7 +182,7 @@ def test_an_input_of_another_kind_is_made_again(
 
 
 def test_a_truth_that_is_none_is_made_again(only_reused: None, tmp_path: Path) -> None:
-    home = Home(tmp_path, "lvvit")
+    home = ClassificationHome(tmp_path, "lvvit")
     write_hollow(home, '{"key": ')
     with pytest.raises(MadeAgain):
         home.input(1, nobody)
@@ -191,7 +197,7 @@ def write_hollow(home: Home, truth: str) -> None:
 
 
 def test_an_interrupt_leaves_no_truth_and_nothing_of_the_input_before(made: Input, tmp_path: Path) -> None:
-    home = Home(tmp_path, "lvvit")
+    home = ClassificationHome(tmp_path, "lvvit")
     write_hollow(home, made.truth.model_dump_json())
     artifact = tmp_path / "data" / "artifacts" / "lvvit" / "lvvit_bs4_0.onnx"
     artifact.parent.mkdir(parents=True)
@@ -207,13 +213,13 @@ def test_an_interrupt_leaves_no_truth_and_nothing_of_the_input_before(made: Inpu
 
 
 def test_the_same_input_is_made_anywhere(home: Home, made: Input, tmp_path: Path) -> None:
-    again = Home(tmp_path, "lvvit")
+    again = ClassificationHome(tmp_path, "lvvit")
     assert again.input(COUNT, nobody).truth == made.truth
     assert contents(again) == contents(home)
 
 
 def test_one_demo_at_a_time(tmp_path: Path) -> None:
-    home = Home(tmp_path / "demo", "lvvit")
+    home = ClassificationHome(tmp_path / "demo", "lvvit")
     with (
         home.claimed(),
         pytest.raises(UsageError, match="another farm demo is at work"),

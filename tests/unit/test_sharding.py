@@ -1,5 +1,6 @@
 """Any job, cut in any way: hypothesis looks for one that comes apart."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -12,6 +13,11 @@ from farm import sharding
 BODY = 0.8
 
 
+def cut_samples(samples: int, bs: int, per_shard: int, devices: int) -> list[tuple[int, int]]:
+    """Samples of one part each, in shards of about so many samples."""
+    return sharding.cut(sharding.edges([1] * samples, bs), per_shard=per_shard // bs, devices=devices)
+
+
 class Cut(NamedTuple):
     """What `cut` is asked for."""
 
@@ -22,7 +28,7 @@ class Cut(NamedTuple):
 
     @property
     def shards(self) -> list[tuple[int, int]]:
-        return sharding.cut(self.samples, self.bs, per_shard=self.per_shard, devices=self.devices)
+        return cut_samples(self.samples, self.bs, self.per_shard, self.devices)
 
     @property
     def sizes(self) -> list[int]:
@@ -116,20 +122,48 @@ def test_a_shard_of_the_last_fifth_is_at_most_half_a_devices_share_of_what_is_le
 
 
 def test_a_job_of_twenty_samples_is_cut_as_by_hand() -> None:
-    shards = sharding.cut(20, 1, per_shard=4, devices=1)
+    shards = cut_samples(20, 1, 4, 1)
 
     assert shards == [(0, 4), (4, 8), (8, 12), (12, 16), (16, 18), (18, 19), (19, 20)]
 
 
 def test_the_last_batch_may_be_short() -> None:
-    assert sharding.cut(10, 4, per_shard=4, devices=1) == [(0, 4), (4, 8), (8, 10)]
+    assert cut_samples(10, 4, 4, 1) == [(0, 4), (4, 8), (8, 10)]
 
 
 def test_no_samples_make_no_shards() -> None:
-    assert sharding.cut(0, 4, per_shard=100, devices=2) == []
+    assert cut_samples(0, 4, 100, 2) == []
 
 
-@pytest.mark.parametrize(("samples", "bs", "devices"), [(-1, 1, 1), (1, 0, 1), (1, 1, 0)])
-def test_what_cannot_be_cut_is_refused(samples: int, bs: int, devices: int) -> None:
-    with pytest.raises(ValueError, match=f"cannot cut {samples} samples, bs {bs}, {devices} devices"):
-        sharding.cut(samples, bs, per_shard=1, devices=devices)
+def test_what_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot cut 2 edges for 0 devices"):
+        sharding.cut([0, 1], per_shard=1, devices=0)
+    with pytest.raises(ValueError, match="a batch size is 1 or more, not 0"):
+        sharding.edges([1], 0)
+
+
+parts = st.lists(st.integers(0, 5), min_size=1, max_size=200)
+
+
+@relaxed
+@given(parts=parts, bs=st.integers(1, 16))
+def test_batches_are_the_same_from_any_edge_on(parts: list[int], bs: int) -> None:
+    found = sharding.edges(parts, bs)
+
+    for number, edge in enumerate(found):
+        rest = sharding.edges(parts[edge:], bs) if parts[edge:] else [0]
+        assert [edge + further for further in rest] == found[number:]
+
+
+@relaxed
+@given(parts=parts, bs=st.integers(1, 16))
+def test_between_edges_little_is_left_empty(parts: list[int], bs: int) -> None:
+    found = sharding.edges(parts, bs)
+
+    for start, stop in pairwise(found[:-1]):
+        filled = sum(parts[start:stop])
+        assert filled % bs == 0 or filled >= sharding.MOST_BATCHES * bs
+
+
+def test_images_of_two_windows_and_one_of_three_are_batched_as_by_hand() -> None:
+    assert sharding.edges([2, 2, 2, 2, 3, 2, 3, 2], 4) == [0, 2, 4, 7, 8]

@@ -1,0 +1,81 @@
+"""farm show, farm rescore: what the rows of a job hold beside its report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+JobId = Annotated[int, typer.Argument(help="Number of the job.")]
+FORMATS = ("picture", "mask")
+
+
+def show(
+    job: JobId,
+    sample: Annotated[str, typer.Option(help="Name of the image, e.g. ADE_val_00000001.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File; default SAMPLE.png here.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="picture, or mask: the classes as ADE20K stores them.")
+    ] = "picture",
+) -> None:
+    """Write what a segmentation job made of an image as a PNG: image, prediction, annotation, difference.
+
+    farm show 3 --sample ADE_val_00000001
+    """
+    from db.engine import open_database
+    from farm.data import disk, manifest
+    from farm.errors import UsageError
+    from farm.reports import picture
+    from farm.reports.rescore import label_map, of_sample
+    from farm.settings import load_settings
+
+    if form not in FORMATS:
+        raise UsageError(f"--format {form}: expected {' or '.join(FORMATS)}")
+    settings = load_settings()
+    found, segments = of_sample(open_database(settings), job, sample)
+    predicted = label_map(segments)
+    if form == "mask":
+        image = picture.mask(predicted)
+    else:
+        from farm.data import ade20k
+
+        directory = manifest.bins_dir(settings.data_dir, found.spec.recipe, found.spec.dtype)
+        data = manifest.read(directory)
+        windows = next((entry.windows for entry in data.samples if entry.name == sample), None)
+        if windows is None:
+            raise UsageError(f"{sample} is not in {directory} any more; --format mask needs nothing of it")
+        annotation = ade20k.read_annotation(manifest.annotation_path(directory, sample))
+        mark = ", simulated" if found.simulated else ""
+        title = f"{sample}, job {job}: {found.spec.model} bs {found.spec.bs} on {found.spec.artifact.backend}{mark}"
+        image = picture.side_by_side(
+            picture.original(directory, data.header, sample, windows), predicted, annotation, title
+        )
+    path = output or Path(f"{sample}.png")
+    with disk.writing(path):
+        image.save(path, format="PNG")
+    print(path)
+
+
+def rescore(
+    job: JobId,
+    labels: Annotated[Path, typer.Option(help="A file of labels, or for segmentation a folder of annotations.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Compute a job's metrics against other labels, from its rows; no device is needed, nothing is changed.
+
+    farm rescore 3 --labels val_label.txt
+    """
+    from rich.console import Console
+
+    from db.engine import open_database
+    from farm.reports.rescore import rescore as run
+    from farm.reports.terminal import show_metrics
+    from farm.settings import load_settings
+
+    found = run(open_database(load_settings()), job, labels)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show_metrics(found, Console())
