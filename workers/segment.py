@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -40,7 +41,7 @@ class Segmenter(Reducer):
 
     def __init__(self, directory: Path, threads: int) -> None:
         self._directory = directory
-        self._threads = ThreadPoolExecutor(threads, "merge") if threads > 1 else None
+        self._threads = _executor(threads) if threads > 1 else None
         self._open: dict[str, _Open] = {}
 
     def take(
@@ -107,6 +108,12 @@ class Segmenter(Reducer):
                 f"{path}. Run farm prepare again."
             )
         return ade20k.check_annotation(data, windows.original)
+
+
+@cache
+def _executor(threads: int) -> ThreadPoolExecutor:
+    """One for all runs of a process: a run lasts seconds."""
+    return ThreadPoolExecutor(threads, "merge")
 
 
 @contextmanager

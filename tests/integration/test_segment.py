@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -119,6 +120,14 @@ def test_label_maps_are_the_merged_windows_at_any_batch_size(
 
     assert_right(result, data)
     assert len(result.batch_ms) == {1: 13, 2: 7, 4: 4, 8: 2}[bs]
+
+
+def test_more_threads_change_no_pixel_and_serve_all_runs(data: tuple[Path, Manifest]) -> None:
+    with closing(Pipeline(deadline_s=60.0, threads=3)) as pipeline:
+        for attempt in (1, 2, 3):
+            assert_right(pipeline.run(plan_of(data, simulated(bs=2), attempt_id=attempt)), data)
+
+        assert 1 <= sum(thread.name.startswith("merge") for thread in threading.enumerate()) <= 3
 
 
 def test_areas_are_counted_against_the_annotation(pipeline: Pipeline, data: tuple[Path, Manifest]) -> None:

@@ -419,7 +419,20 @@ def test_windows_in_rows_and_columns_at_once_are_refused() -> None:
         ImageMerge(Size(700, 600), Size(700, 600), 16)
 
 
-# An axis.
+# What stands behind it.
+
+
+@pytest.mark.parametrize("cells", [16, 32, 64, 512])
+def test_each_block_of_cells_is_bounded_class_by_class(cells: int) -> None:
+    grid = min(slide_merge.GRID, cells)
+    logits = np.random.default_rng(5).standard_normal((CLASSES, cells, cells), np.float32)
+    low, high = (np.full((grid, grid, CLASSES), np.nan, np.float32) for _ in range(2))
+
+    assert slide_merge._bound(logits.ctypes.data, cells, low, high, 0, grid)
+
+    blocks = logits.reshape(CLASSES, grid, cells // grid, grid, cells // grid)
+    assert (low == blocks.min(axis=(2, 4)).transpose(1, 2, 0)).all()
+    assert (high == blocks.max(axis=(2, 4)).transpose(1, 2, 0)).all()
 
 
 def intervals_of(length: int) -> tuple[tuple[int, int], ...]:
