@@ -24,6 +24,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.embedded --short
 	$(BIN)/python -m tests.benchmarks.models --short
 	$(BIN)/python -m tests.benchmarks.prepare --images 200
+	$(BIN)/python -m tests.benchmarks.slide_merge --short
 	$(BIN)/python -m tests.benchmarks.segmentation_memory --short
 
 clean:
