@@ -11,8 +11,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/farm demo
 
+# Two at a time, a file by one of them: much of the time is waiting, and what a file's tests share is made once.
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.test
 	$(BIN)/ruff check --quiet .
