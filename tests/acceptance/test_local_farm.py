@@ -169,7 +169,8 @@ def test_no_wait_leaves_the_job_for_the_next_farm(farm: Farm, data: Path) -> Non
 
 
 def test_a_cancelled_job_ends_its_submit_and_keeps_its_rows(farm: Farm, data: Path) -> None:
-    command = farm.start("submit", "lvvit", "--bs", "4", "--json")
+    farm.env["FARM_SIMULATED"] = '{"compute_ms": 1000}'  # so long that cancelling, a command too, cannot come too late
+    command = farm.start("submit", "lvvit", "--bs", "4", "--backend", "simulated", "--json")
     interrupted_at(farm, 10)
     farm.run("cancel", "1")
     command.communicate(timeout=30)
