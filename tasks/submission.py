@@ -148,6 +148,8 @@ def _device_names(settings: Settings, database: Database, request: Request, back
     if unknown:
         raise UsageError(f"unknown device {', '.join(unknown)}: the farm knows {', '.join(known) or 'none yet'}")
     serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in local if backend in d.backends}
+    if not serving.intersection(request.devices or serving):  # the job waits for those that are away for the moment
+        serving = {d.name for d in devices.matching(registered, backend, ())}
     chosen = sorted(serving.intersection(request.devices) if request.devices else serving, key=_by_host_and_index)
     if not chosen:
         raise UsageError(f"no device serves backend {backend}: the farm knows {', '.join(known) or 'none yet'}")

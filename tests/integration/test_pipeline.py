@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
-from farm import artifacts
+from farm import artifacts, canary
 from farm.data.manifest import UNPREPARED, Sample, bin_path, bins_dir
 from farm.errors import DeviceCrashed, DeviceError, DeviceHung, JobError
 from farm.jobs import ResultState, SampleResult
@@ -764,3 +765,95 @@ def descriptors() -> list[str]:
         with suppress(OSError):
             found.append(os.readlink(descriptor))
     return sorted(found)
+
+
+def said(pipeline: Pipeline) -> tuple[int, str]:
+    """The number of the last canary, and the digest of what the device made of it."""
+    answer = pipeline.answer()
+    assert answer is not None
+    return answer[0], answer[1].digest
+
+
+def test_a_device_answers_a_canary(pipeline: Pipeline) -> None:
+    pipeline.ask(simulated())
+    number, digest = said(pipeline)
+
+    given = np.empty(simulated().input.shape, np.float32)
+    canary.fill(given, number)
+    expected = np.stack([scores(xxhash.xxh3_64_intdigest(sample), CLASSES) for sample in given])
+    assert digest == hashlib.sha256(expected.tobytes()).hexdigest()
+
+
+def test_a_canary_that_was_not_asked_has_no_answer(pipeline: Pipeline) -> None:
+    assert pipeline.answer() is None
+
+
+def test_canaries_take_turns(pipeline: Pipeline) -> None:
+    digests = []
+    for _ in range(canary.COUNT + 1):
+        pipeline.ask(simulated())
+        digests.append(said(pipeline)[1])
+
+    assert len(set(digests)) == canary.COUNT
+    assert digests[0] == digests[-1]
+
+
+def test_a_canary_is_no_attempt_and_none_of_a_shards_batches(pipeline: Pipeline, data: Data) -> None:
+    plan = plan_of(data)
+    pipeline.read_ahead(plan)
+    pipeline.ask(plan.load)
+
+    assert pipeline.attempts() == {plan.attempt_id}
+    assert len(pipeline.run(plan).batch_ms) == 3
+    assert said(pipeline)
+
+
+def test_a_canary_is_wanted_once_a_load(pipeline: Pipeline, data: Data) -> None:
+    load = simulated()
+    assert pipeline.wants_canary(load)
+    pipeline.ask(load)
+    assert not pipeline.wants_canary(load)
+    said(pipeline)
+    pipeline.run(plan_of(data, load=load))
+    assert not pipeline.wants_canary(load)
+    assert pipeline.wants_canary(simulated(compute_ms=3))
+
+
+def test_a_canary_is_wanted_after_many_batches(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipeline.EVERY", 2)
+    load = simulated()
+    pipeline.ask(load)
+    said(pipeline)
+
+    pipeline.run(plan_of(data, load=load))
+
+    assert pipeline.wants_canary(load)
+
+
+def test_a_canary_is_wanted_of_a_device_process_that_was_replaced(pipeline: Pipeline, data: Data) -> None:
+    load = simulated(fault("crash", data, 3))
+    pipeline.ask(load)
+    said(pipeline)
+    with pytest.raises(DeviceCrashed):
+        pipeline.run(plan_of(data, load=load))
+
+    assert eventually(lambda: pipeline.wants_canary(load))
+
+
+def test_a_device_that_fails_at_a_canary_says_so(pipeline: Pipeline) -> None:
+    pipeline.ask(simulated({"kind": "crash", "batch": 1}))
+
+    with pytest.raises(DeviceCrashed, match="canary 0"):
+        pipeline.answer()
+
+
+def test_a_canary_of_a_model_that_does_not_load_is_forgotten(pipeline: Pipeline, data: Data) -> None:
+    unknown = replace(simulated(), backend="unknown")
+    plan = plan_of(data, load=unknown)
+    pipeline.read_ahead(plan)
+    pipeline.ask(unknown)
+
+    with pytest.raises(JobError):
+        pipeline.run(plan)
+
+    assert pipeline.answer() is None
