@@ -13,7 +13,7 @@ from sqlalchemy import Connection, func, insert, or_, select, update
 
 from db import devices, events, reopen, tables
 from db.engine import Database
-from farm.jobs import Canary, Verdict
+from farm.jobs import Canary, DeviceState, Verdict
 
 c = tables.canary.c
 
@@ -50,8 +50,9 @@ def judge(
         )
         _condemn(conn, database, device, canary.artifact_sha256, why)
         return Verdict.DISAGREES, [device]
-    verdicts = _compare(conn, kind, canary)
-    if len(verdicts) == 1 and _changed_its_mind(conn, device, kind, canary):
+    verdicts = _compare(conn, device, kind, canary)
+    undecided = verdicts[device][1] in (Verdict.UNVERIFIED, Verdict.DISPUTED)
+    if undecided and _changed_its_mind(conn, device, kind, canary):
         why = f"its answer to canary {canary.number} is not the one it gave before"
         _condemn(conn, database, device, canary.artifact_sha256, why)
         return Verdict.DISAGREES, [device]
@@ -70,11 +71,17 @@ def judge(
     return verdicts[device][1], condemned
 
 
-def _compare(conn: Connection, kind: str, canary: Canary) -> dict[str, tuple[int, Verdict, Verdict]]:
-    """By device: its latest answer's id, what that is worth now, and what it was thought to be worth."""
+def _compare(conn: Connection, device: str, kind: str, canary: Canary) -> dict[str, tuple[int, Verdict, Verdict]]:
+    """
+    By device: its latest answer's id, what that is worth now, and what it was thought to be worth.
+
+    Devices in quarantine have no say, but for the one that answers.
+    """
     same = (c.artifact_sha256 == canary.artifact_sha256, c.kind == kind, c.number == canary.number)
     near = or_(c.max_abs_diff.is_(None), c.max_abs_diff <= canary.tolerance)
-    latest = select(func.max(c.id)).where(*same, near).group_by(c.device)
+    d = tables.device.c
+    heard = select(d.name).where(or_(d.name == device, d.state != DeviceState.QUARANTINED.value))
+    latest = select(func.max(c.id)).where(*same, near, c.device.in_(heard)).group_by(c.device)
     rows = conn.execute(select(c.id, c.device, c.digest, c.verdict).where(c.id.in_(latest))).all()
     votes = Counter(row.digest for row in rows)
     (best, most), *others = votes.most_common()

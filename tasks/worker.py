@@ -168,9 +168,10 @@ class DeviceWorker:
         assignment = started.assignment
         try:
             plan = self._plan(assignment)
-            self._begin(plan, assignment.job.spec)
-            if started.waiting is not None:
-                self._read_ahead(started.waiting)
+            waiting = started.waiting
+            self._begin(plan, assignment.job.spec, last=waiting is None or waiting.job.id != assignment.job.id)
+            if waiting is not None:
+                self._read_ahead(waiting)
             result = self._pipeline.run(plan)
             result = replace(result, canary=self._answer())
         except Aborted:
@@ -183,11 +184,16 @@ class DeviceWorker:
             return self._failed(assignment, HostError(result.unread))
         return self._complete(assignment, result)
 
-    def _begin(self, plan: Plan, spec: JobSpec) -> None:
-        """Have a shard follow what is under way, and a canary follow it, when one is due."""
+    def _begin(self, plan: Plan, spec: JobSpec, *, last: bool = False) -> None:
+        """
+        Have a shard follow what is under way, and a canary follow it when one is due.
+
+        The `last` shard of a job always has one: else what a device did since the one before would go unseen.
+        """
         self._pipeline.read_ahead(plan)
-        if not plan.isolating and self._pipeline.wants_canary(plan.load):
-            self._pipeline.ask(plan.load)
+        number = 0 if last and not self._pipeline.is_asked() else self._pipeline.canary_due(plan.load)
+        if number is not None and not plan.isolating:
+            self._pipeline.ask(plan.load, number)
             self._asked = spec
 
     def _answer(self) -> Canary | None:
@@ -397,14 +403,14 @@ class DeviceWorker:
             job = shards.last_job(conn, self.device.name)
         if job is None:
             return
-        self._pipeline.ask(self._load(job.spec))
+        self._pipeline.ask(self._load(job.spec), 0)
         self._asked = job.spec
         answer = self._answer()
         if answer is None:
             return
         with self._database.write() as conn:
             verdict = shards.answer(conn, self._database, self.device.name, self.incarnation, answer)
-            if verdict is not Verdict.DISAGREES:
+            if verdict in (Verdict.AGREES, Verdict.UNVERIFIED):
                 text = f"it answered a canary ({verdict.value})"
                 devices.release(conn, self._database, self.device.name, devices.STRIKES - 1, text)
 

@@ -188,7 +188,7 @@ class Pipeline:
         with self._change:
             self._begin(plan)
 
-    def ask(self, load: Load) -> None:
+    def ask(self, load: Load, number: int) -> None:
         """Have the device answer a canary after what it was given before; `answer` waits for it."""
         with self._change:
             self._asked += 1
@@ -198,7 +198,7 @@ class Pipeline:
                 dataset="",
                 directory=Path(),
                 samples=samples(load.input.shape[0]),
-                canary=self._asked % canary.COUNT,
+                canary=number,
             )
             self._question = self._begin(plan)
 
@@ -219,12 +219,19 @@ class Pipeline:
         assert isinstance(question.reducer, Listener)
         return question.plan.canary or 0, question.reducer, sum(map(sum, question.batch_ms))
 
-    def wants_canary(self, load: Load) -> bool:
-        """Whether this model was loaded since the last one, or much was done with it."""
+    def canary_due(self, load: Load) -> int | None:
+        """Which canary this model should be asked: the first once it is loaded, others in turn as much is done."""
         with self._change:
             if self._question is not None:
-                return False
-            return load != self._load or self._since_canary is None or self._since_canary >= EVERY
+                return None
+            if load != self._load or self._since_canary is None:
+                return 0
+            return 1 + self._asked % (canary.COUNT - 1) if self._since_canary >= EVERY else None
+
+    def is_asked(self) -> bool:
+        """Whether an answer is still to be taken."""
+        with self._change:
+            return self._question is not None
 
     def attempts(self) -> frozenset[int]:
         """Those under way."""

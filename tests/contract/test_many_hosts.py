@@ -242,6 +242,18 @@ def test_a_lone_device_that_changes_its_answer_is_found_out(fleet: Fleet) -> Non
     assert worker.answer("y") is Verdict.DISAGREES
 
 
+def test_of_two_that_differ_the_one_that_changed_its_answer_is_found_out(fleet: Fleet) -> None:
+    first, second = fleet.worker(0), fleet.worker(1)
+    first.answer("x")
+    second.answer("x")
+
+    assert second.answer("y") is Verdict.DISAGREES
+    assert [first.device.state, second.device.state] == [DeviceState.UP, DeviceState.QUARANTINED]
+    assert first.answer("x") is Verdict.UNVERIFIED
+    assert second.answer("y") is Verdict.DISPUTED
+    assert second.answer("x") is Verdict.AGREES
+
+
 def test_a_wrong_answer_costs_the_attempt_and_quarantines_the_device(fleet: Fleet) -> None:
     job = fleet.job(samples=4)
     artifact = job.spec.artifact.sha256

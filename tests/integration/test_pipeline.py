@@ -775,8 +775,9 @@ def said(pipeline: Pipeline) -> tuple[int, str]:
 
 
 def test_a_device_answers_a_canary(pipeline: Pipeline) -> None:
-    pipeline.ask(simulated())
+    pipeline.ask(simulated(), 2)
     number, digest = said(pipeline)
+    assert number == 2
 
     given = np.empty(simulated().input.shape, np.float32)
     canary.fill(given, number)
@@ -788,20 +789,25 @@ def test_a_canary_that_was_not_asked_has_no_answer(pipeline: Pipeline) -> None:
     assert pipeline.answer() is None
 
 
-def test_canaries_take_turns(pipeline: Pipeline) -> None:
-    digests = []
-    for _ in range(canary.COUNT + 1):
-        pipeline.ask(simulated())
-        digests.append(said(pipeline)[1])
+def test_canaries_take_turns(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipeline.EVERY", 1)
+    load, numbers = simulated(), []
+    for attempt_id in range(1, 6):
+        number = pipeline.canary_due(load)
+        assert number is not None
+        numbers.append(number)
+        pipeline.ask(load, number)
+        said(pipeline)
+        pipeline.run(plan_of(data, load=load, attempt_id=attempt_id))
 
-    assert len(set(digests)) == canary.COUNT
-    assert digests[0] == digests[-1]
+    assert numbers[0] == 0
+    assert set(numbers) == set(range(canary.COUNT))
 
 
 def test_a_canary_is_no_attempt_and_none_of_a_shards_batches(pipeline: Pipeline, data: Data) -> None:
     plan = plan_of(data)
     pipeline.read_ahead(plan)
-    pipeline.ask(plan.load)
+    pipeline.ask(plan.load, 0)
 
     assert pipeline.attempts() == {plan.attempt_id}
     assert len(pipeline.run(plan).batch_ms) == 3
@@ -810,38 +816,38 @@ def test_a_canary_is_no_attempt_and_none_of_a_shards_batches(pipeline: Pipeline,
 
 def test_a_canary_is_wanted_once_a_load(pipeline: Pipeline, data: Data) -> None:
     load = simulated()
-    assert pipeline.wants_canary(load)
-    pipeline.ask(load)
-    assert not pipeline.wants_canary(load)
+    assert pipeline.canary_due(load) == 0
+    pipeline.ask(load, 0)
+    assert pipeline.canary_due(load) is None
     said(pipeline)
     pipeline.run(plan_of(data, load=load))
-    assert not pipeline.wants_canary(load)
-    assert pipeline.wants_canary(simulated(compute_ms=3))
+    assert pipeline.canary_due(load) is None
+    assert pipeline.canary_due(simulated(compute_ms=3)) == 0
 
 
 def test_a_canary_is_wanted_after_many_batches(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.pipeline.EVERY", 2)
     load = simulated()
-    pipeline.ask(load)
+    pipeline.ask(load, 0)
     said(pipeline)
 
     pipeline.run(plan_of(data, load=load))
 
-    assert pipeline.wants_canary(load)
+    assert pipeline.canary_due(load) is not None
 
 
 def test_a_canary_is_wanted_of_a_device_process_that_was_replaced(pipeline: Pipeline, data: Data) -> None:
     load = simulated(fault("crash", data, 3))
-    pipeline.ask(load)
+    pipeline.ask(load, 0)
     said(pipeline)
     with pytest.raises(DeviceCrashed):
         pipeline.run(plan_of(data, load=load))
 
-    assert eventually(lambda: pipeline.wants_canary(load))
+    assert eventually(lambda: pipeline.canary_due(load) == 0)
 
 
 def test_a_device_that_fails_at_a_canary_says_so(pipeline: Pipeline) -> None:
-    pipeline.ask(simulated({"kind": "crash", "batch": 1}))
+    pipeline.ask(simulated({"kind": "crash", "batch": 1}), 0)
 
     with pytest.raises(DeviceCrashed, match="canary 0"):
         pipeline.answer()
@@ -851,7 +857,7 @@ def test_a_canary_of_a_model_that_does_not_load_is_forgotten(pipeline: Pipeline,
     unknown = replace(simulated(), backend="unknown")
     plan = plan_of(data, load=unknown)
     pipeline.read_ahead(plan)
-    pipeline.ask(unknown)
+    pipeline.ask(unknown, 0)
 
     with pytest.raises(JobError):
         pipeline.run(plan)
