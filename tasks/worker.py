@@ -356,7 +356,12 @@ class DeviceWorker:
         return self._data[spec.manifest_digest]
 
     def _beat(self) -> None:
-        """Say that we live, and drop what was taken from us. A newer incarnation means that we have to go."""
+        """
+        Say that we live, and drop what was taken from us. A newer incarnation means that we have to go.
+
+        What we should do and nobody rings for, with the broker away perhaps, is begun from here.
+        """
+        unheard: frozenset[int] = frozenset()
         while not self._stopping.wait(self._settings.heartbeat_s):
             under_way = self._pipeline.attempts()  # before the rows are read: younger ones may not be in them yet
             try:
@@ -369,6 +374,10 @@ class DeviceWorker:
                 log.error("%s was registered by another worker; leaving", self.device.name)
                 os._exit(1)
             self._pipeline.drop(under_way - live)
+            waiting = live if not self._busy.locked() else frozenset[int]()
+            if waiting and waiting == unheard:
+                threading.Thread(target=self.evaluate, args=(min(waiting),), daemon=True).start()
+            unheard = waiting
 
     def _probe(self) -> None:
         """See whether a device in quarantine is sound again, and whether this host has what it lacked."""
