@@ -16,6 +16,7 @@ _BROKEN = [state.value for state in (AttemptState.FAILED, AttemptState.LOST, Att
 
 a = tables.attempt.c
 c = tables.canary.c
+d = tables.device.c
 e = tables.event.c
 j = tables.job.c
 s = tables.shard.c
@@ -68,9 +69,9 @@ class Event:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canaries:
-    """What a device's canaries say of the answers that it gave a job, and what they cost."""
+    """What a device said to the canaries of an artifact, and what those cost that were asked during a job."""
 
-    verdicts: frozenset[Verdict]
+    verdicts: Sequence[tuple[float, Verdict]]  #: when and what, in order
     batches: int  #: while the job ran
     ms: float
 
@@ -209,9 +210,11 @@ def events(conn: Connection, job_id: int | None, limit: int) -> list[Event]:
 
 
 def verdicts(conn: Connection) -> dict[str, str]:
-    """What each device's last canary said."""
-    last = select(func.max(c.id)).group_by(c.device)
-    return {row.device: row.verdict for row in conn.execute(select(c.device, c.verdict).where(c.id.in_(last)))}
+    """What canaries say of each device since it started: the last verdict of a comparison, if there was one."""
+    mine = select(c.verdict).where(c.device == d.name, c.incarnation == d.incarnation).order_by(c.id.desc()).limit(1)
+    compared = mine.where(c.verdict != Verdict.UNVERIFIED.value)
+    rows = conn.execute(select(d.name, func.coalesce(compared.scalar_subquery(), mine.scalar_subquery())))
+    return {name: verdict for name, verdict in rows if verdict is not None}
 
 
 def lost(conn: Connection, job_id: int) -> dict[str, int]:
@@ -235,24 +238,18 @@ def quarantined(conn: Connection, job_id: int) -> list[tuple[str, str]]:
 
 
 def canaries(conn: Connection, job: Job) -> dict[str, Canaries]:
-    """By device, of the incarnations whose answers a job keeps."""
-    took_part = (
-        select(a.device, a.incarnation)
-        .join(tables.shard, s.winner == a.id)
-        .where(s.job_id == job.id)
-        .distinct()
-        .subquery()
-    )
+    """Of the devices whose answers a job keeps, by device."""
+    took_part = select(a.device).join(tables.shard, s.winner == a.id).where(s.job_id == job.id).distinct()
     began, ended = conn.execute(select(func.min(a.started), func.max(a.ended)).where(a.job_id == job.id)).one()
     rows = conn.execute(
         select(c.device, c.verdict, c.at, c.ms)
-        .join(took_part, and_(took_part.c.device == c.device, took_part.c.incarnation == c.incarnation))
-        .where(c.artifact_sha256 == job.spec.artifact.sha256)
+        .where(c.artifact_sha256 == job.spec.artifact.sha256, c.device.in_(took_part))
+        .order_by(c.id)
     ).all()
     meanwhile = [row for row in rows if began <= row.at <= (ended or row.at)]
     return {
         device: Canaries(
-            verdicts=frozenset(Verdict(row.verdict) for row in rows if row.device == device),
+            verdicts=[(row.at, Verdict(row.verdict)) for row in rows if row.device == device],
             batches=sum(row.device == device for row in meanwhile),
             ms=sum(row.ms for row in meanwhile if row.device == device),
         )

@@ -321,7 +321,7 @@ def _fence(conn: Connection, now: float, assignment: Assignment, device: str, in
             a.incarnation == incarnation,
             a.state.in_([AttemptState.RUNNING.value, AttemptState.LOST.value]),
         )
-        .values(state=AttemptState.FENCED.value, ended=now)
+        .values(state=AttemptState.FENCED.value, ended=func.coalesce(a.ended, now))
     )
     if fenced.rowcount:
         _reopen(conn, [assignment.shard_id])

@@ -26,6 +26,8 @@ from workers import broker
 RING_AGAIN_S = 2.0
 #: Between ticks: short while they find something to do, long while they do not.
 BUSY_TICK_S, IDLE_TICK_S = 0.2, 1.0
+#: Devices whose windows one transaction fills.
+AT_ONCE = 4
 
 log = logging.getLogger(__name__)
 
@@ -76,10 +78,14 @@ def tick(database: Database, app: Celery, settings: Settings) -> int:
     rings: list[Ring] = []
     if database.is_sqlite:
         _kill_stale_workers(database, settings)
-    if orphans or wanting:
+    if orphans:
         with database.write() as conn:
             shards.rescue(conn, database, lease_s)
-            rings = shards.assign(conn, database, lease_s, only=None if orphans else wanting)
+        with database.read() as conn:
+            wanting = shards.with_room(conn, database, lease_s)
+    for first in range(0, len(wanting), AT_ONCE):  # others write, too
+        with database.write() as conn:
+            rings += shards.assign(conn, database, lease_s, only=wanting[first : first + AT_ONCE])
     if slow:
         with database.write() as conn:
             rings += shards.speculate(conn, database, lease_s)

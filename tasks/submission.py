@@ -32,6 +32,7 @@ class Request:
     artifact: str | None = None
     backend: str | None = None
     head: str | None = None
+    priority: int = 0
     allow_failed: int = 0
 
 
@@ -108,6 +109,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             samples=samples,
             windows=0 if spec.dataset == "imagenet" else sum(parts),
             devices=request.devices,
+            priority=request.priority,
             allow_failed=request.allow_failed,
             provenance={
                 "versions": versions(),

@@ -155,6 +155,11 @@ class DeviceWorker:
         assignment = started.assignment
         try:
             return self._attempt(started)
+        except InvariantBroken as exc:
+            error: FarmError = exc
+        except StorageError:  # no fault of the device's
+            log.exception("the database was away for a lease; leaving, so that a new incarnation takes over")
+            os._exit(1)
         except Exception as exc:
             log.exception("%s broke", assignment.task_id)
             error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
