@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, true, update
 
 from db import events, tables
 from db.devices import Device
@@ -86,14 +86,13 @@ def state(conn: Connection, job_id: int) -> JobState:
 
 def recent(conn: Connection, limit: int) -> list[Job]:
     """The newest jobs, newest first."""
-    rows = conn.execute(select(tables.job).order_by(tables.job.c.id.desc()).limit(limit))
-    return [_record(row) for row in rows]
+    return several(conn, true(), (tables.job.c.id.desc(),), limit)
 
 
-def active(conn: Connection) -> list[Job]:
-    """Jobs that still want work done, oldest first."""
-    rows = conn.execute(select(tables.job).where(is_active()).order_by(tables.job.c.id))
-    return [_record(row) for row in rows]
+def several(
+    conn: Connection, which: ColumnElement[bool], order: Sequence[ColumnElement[Any]], limit: int | None = None
+) -> list[Job]:
+    return [_record(row) for row in conn.execute(select(tables.job).where(which).order_by(*order).limit(limit))]
 
 
 def is_active() -> ColumnElement[bool]:

@@ -83,11 +83,9 @@ def name_of(job_id: int, shard: int | None, no: int | None) -> str:
 
 def active(conn: Connection, limit: int) -> tuple[list[Job], int]:
     """Jobs that want work done, in the order they get it, and how many more there are."""
-    wanted = jobs.is_active()
     running_first = case((j.state == JobState.RUNNING.value, 0), else_=1)
-    ids = conn.execute(select(j.id).where(wanted).order_by(running_first, j.priority.desc(), j.id).limit(limit))
-    found = [jobs.get(conn, job_id) for job_id in ids.scalars()]
-    count = conn.scalar(select(func.count()).select_from(tables.job).where(wanted)) or 0
+    found = jobs.several(conn, jobs.is_active(), (running_first, j.priority.desc(), j.id), limit)
+    count = conn.scalar(select(func.count()).select_from(tables.job).where(jobs.is_active())) or 0
     return found, count - len(found)
 
 

@@ -123,7 +123,7 @@ def _set_drained(names: list[str], *, drained: bool) -> None:
         else:
             stored.set_drained(conn, database, chosen, drained=False)
     _wake()
-    print(f"{'drained, no work until farm devices undrain' if drained else 'not drained'}: {', '.join(chosen)}")
+    print(f"{'drained, no work until farm devices undrain' if drained else 'drained no more'}: {', '.join(chosen)}")
 
 
 def _named(conn: Connection, names: Sequence[str], *, whole_hosts: bool = True) -> list[str]:

@@ -15,7 +15,7 @@ from time import sleep
 import pytest
 from sqlalchemy import insert, text
 
-from db import devices, jobs, results, shards, tables
+from db import devices, jobs, overview, results, shards, tables
 from db.engine import Database
 from farm.errors import InvariantBroken, StorageError, UsageError
 from farm.jobs import Assignment, DeviceState, Failure, Job, JobState, ResultState, SampleResult
@@ -130,7 +130,7 @@ def test_active_jobs_come_oldest_first_without_the_ended(fleet: Fleet, database:
     fleet.cancel(second)
 
     with database.read() as conn:
-        assert [job.id for job in jobs.active(conn)] == [first.id, third.id]
+        assert [job.id for job in overview.active(conn, 10)[0]] == [first.id, third.id]
 
 
 def test_progress_counts_samples_shards_and_attempts(fleet: Fleet, database: Database) -> None:
