@@ -149,24 +149,22 @@ class DeviceWorker:
             return self._evaluate(attempt_id)
 
     def _evaluate(self, attempt_id: int) -> str:
-        started = self._start(attempt_id)
-        if started is None:
-            return "stale"
-        assignment = started.assignment
         try:
-            return self._attempt(started)
-        except InvariantBroken as exc:
-            error: FarmError = exc
-        except StorageError:  # no fault of the device's
+            started = self._start(attempt_id)
+            if started is None:
+                return "stale"
+            try:
+                return self._attempt(started)
+            except StorageError as exc:
+                if not isinstance(exc, InvariantBroken):
+                    raise
+                error: FarmError = exc
+            except Exception as exc:
+                log.exception("%s broke", started.assignment.task_id)
+                error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
+            return self._failed(started.assignment, error)
+        except StorageError:  # no fault of the device's, and what became of the attempt is not known
             log.exception("the database was away for a lease; leaving, so that a new incarnation takes over")
-            os._exit(1)
-        except Exception as exc:
-            log.exception("%s broke", assignment.task_id)
-            error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
-        try:
-            return self._failed(assignment, error)
-        except StorageError:
-            log.exception("cannot even say so; leaving, so that a new incarnation takes over")
             os._exit(1)
 
     def _attempt(self, started: Started) -> str:
@@ -393,8 +391,11 @@ class DeviceWorker:
                 self._look_for_what_lacked()
                 with self._database.read() as conn:
                     me = devices.get(conn, self.device.name)
-                if me is not None and me.state is DeviceState.QUARANTINED and not self._busy.locked():
-                    self._ask_in_quarantine()
+                if me is not None and me.state is DeviceState.QUARANTINED and self._busy.acquire(blocking=False):
+                    try:
+                        self._ask_in_quarantine()
+                    finally:
+                        self._busy.release()
                     wait_s *= 2 ** min(me.quarantines, 6)
             except FarmError as exc:
                 log.warning("%s", exc)
