@@ -54,8 +54,11 @@ def make_app(broker_url: str) -> Celery:
         task_serializer="json",
         accept_content=["json"],  # pickle would run whatever reaches the broker
         task_ignore_result=True,
-        task_acks_late=True,  # with prefetch 1 nothing is reserved beyond the running shard
+        # Acknowledged when taken: what a killed worker held would stay with the broker for a day, and the database
+        # knows. Nothing is taken beyond the running shard.
+        task_acks_late=False,
         worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
         task_reject_on_worker_lost=False,  # a poisonous shard must not crash-loop; the database counts
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_pool="threads",

@@ -239,8 +239,8 @@ def submit_changed(farm: Farm) -> dict[str, object]:
     return report
 
 
-_BEFORE = "_real = {0}\ndef {0}(*a):\n    _once() and _end()\n    return _real(*a)"
-_AFTER = "_real = {0}\ndef {0}(*a):\n    found = _real(*a)\n    _once() and _end()\n    return found"
+_BEFORE = "_real = {0}\ndef {0}(*a, **k):\n    _once() and _end()\n    return _real(*a, **k)"
+_AFTER = "_real = {0}\ndef {0}(*a, **k):\n    found = _real(*a, **k)\n    _once() and _end()\n    return found"
 
 
 @pytest.mark.parametrize(
@@ -418,8 +418,8 @@ PROTECTIONS = {
         "tests/contract/test_storage.py::test_a_second_row_for_a_sample_is_an_alarm[sqlite]",
     ),
     "the commit before the ring": (
-        ("tasks.coordinator", "            rings = shards.assign(",
-         "            ring(app, shards.assign(conn, database, lease_s))\n            rings = shards.assign("),
+        ("tasks.coordinator", "            rings += shards.assign(",
+         "            ring(app, shards.assign(conn, database, lease_s))\n            rings += shards.assign("),
         "tests/acceptance/test_checklist.py::test_a_coordinator_rings_for_nothing_that_is_not_committed",
     ),
 }  # fmt: skip

@@ -342,7 +342,7 @@ STOP_BEFORE_COMMIT = (
 _complete = complete
 
 
-def complete(*arguments):
+def complete(*arguments, **named):
     import os, signal
 
     try:
@@ -351,7 +351,7 @@ def complete(*arguments):
         pass
     else:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return _complete(*arguments)
+    return _complete(*arguments, **named)
 """,
 )
 
