@@ -11,9 +11,10 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/farm demo
 
-# Two at a time, a file by one of them: much of the time is waiting, and what a file's tests share is made once.
+# Two at a time, a file by one of them: much of the time is waiting, and what a file's tests share is made once. In the
+# order of the folders: those of few long tests come first, so that both have something to do until the end.
 test: check
-	$(BIN)/pytest --numprocesses 2 --dist loadfile
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(BIN)/ruff check --quiet .

@@ -44,7 +44,7 @@ MOST_JOBS = 16
 #: Shards of one job in a row after which a device gives way to a job of equal priority that nobody serves.
 STREAK = 16
 #: A shard is slow that takes longer than this, and so many times as long as the job's others.
-SLOW_S, SLOW_FACTOR = 2.0, 3.0
+SLOW_S, SLOW_FACTOR = 5.0, 3.0
 
 _LIVE = [state.value for state in LIVE]
 _BREAKING = (Failure.CRASH.value, Failure.HANG.value, Failure.DATA.value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -118,16 +119,34 @@ def _executor(processes: int) -> Iterator[ProcessPoolExecutor]:
 def _submit(
     executor: ProcessPoolExecutor, function: Callable[[T], R], piece: Sequence[T]
 ) -> Future[tuple[list[R], FarmError | None]]:
-    # This may start a process, which inherits the mask. Ctrl-C reaches the whole process group, but only the parent
-    # may act on it: a child would print a traceback, or leave a piece without an answer.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        with _environment(CHILDREN):
+        with _uninterrupted(), _environment(CHILDREN):
             return executor.submit(_work, function, piece)
     except OSError as exc:
         raise StorageError(f"cannot start a process: {exc.strerror}. Try fewer --processes") from exc
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """
+    Put Ctrl-C off while a process may be starting, which inherits the mask.
+
+    Ctrl-C reaches the whole process group, but only the parent may act on it: a child would print a traceback, or
+    leave a piece without an answer. The parent must not either before the child has all it needs; and the mask is
+    this thread's alone, while Python acts here on what another thread was interrupted by.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mine = threading.current_thread() is threading.main_thread()
+    told: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: told.append(number)) if mine else None
+    try:
+        yield
     finally:
+        if mine:
+            signal.signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if told:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager

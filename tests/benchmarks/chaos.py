@@ -51,6 +51,7 @@ class Chaos:
     killed: list[tuple[str, float]] = field(default_factory=list)  #: devices whose worker was, and when
     vanished: list[tuple[str, float]] = field(default_factory=list)  #: hosts for longer than a lease, and when
     client_errors: list[str] = field(default_factory=list)
+    turned_away: int = 0  #: clients that began while the database was away
     _client: subprocess.Popen[str] | None = None
     _undo: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
     _touched: dict[str, float] = field(default_factory=dict)
@@ -105,7 +106,9 @@ class Chaos:
     def _ended(self, code: int | None) -> None:
         assert self._client is not None
         _, stderr = self._client.communicate()
-        if code not in (0, -signal.SIGKILL):
+        if code == 1 and "cannot use the database" in stderr:  # it came while there was none, and was told so
+            self.turned_away += 1
+        elif code not in (0, -signal.SIGKILL):
             self.client_errors.append(f"exit {code}: {stderr[-300:]}")
         self._client = None
 
@@ -312,6 +315,7 @@ def figures(chaos: Chaos, jobs: list[int]) -> dict[str, Any]:
         "recovery_host_s": _spread(host_s),
         "alarms": sum(cluster.log(host).count("refused a row that must not exist") for host in cluster.slots),
         "client_errors": chaos.client_errors,
+        "clients_turned_away": chaos.turned_away,
     }
 
 
