@@ -27,6 +27,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.prepare --images 200
 	$(BIN)/python -m tests.benchmarks.slide_merge --short
 	$(BIN)/python -m tests.benchmarks.segmentation_memory --short
+	$(BIN)/python -m tests.benchmarks.many_jobs --short
 
 clean:
 	rm -rf $(VENV)

@@ -7,14 +7,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, select, update
+from sqlalchemy import Connection, Row, case, or_, select, update
 
 from db import events, tables
 from db.engine import Database
+from farm.errors import UsageError
 from farm.jobs import LIVE, DeviceState
 
 #: Failures in a row, on shards that other devices can do, after which a device gets no more work.
 STRIKES = 3
+
+_QUARANTINED = DeviceState.QUARANTINED.value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +35,15 @@ class Device:
     registered: float
     heartbeat: float
     strikes: int
+    kind: str  #: devices of one kind give the same bits
+    drained: bool  #: by its user: takes no work, even after a restart
+    quarantines: int  #: since it was last seen to be sound
+    reason: str  #: of its quarantine
     info: Mapping[str, Any]
+
+    @property
+    def takes_work(self) -> bool:
+        return self.state is DeviceState.UP and not self.drained
 
     def serves(self, backend: str) -> bool:
         return backend in self.backends
@@ -49,39 +60,65 @@ class Registration:
     backends: tuple[str, ...]
     pid: int
     pid_started: float
+    kind: str
     info: Mapping[str, Any]
 
 
-def register(conn: Connection, database: Database, registration: Registration) -> int:
+def register(conn: Connection, database: Database, registration: Registration, lease_s: float) -> int:
     """
     Begin a new incarnation of a device and return its number. The old one's attempts are orphans from now on.
 
-    A quarantined device gets another chance with its new worker.
+    A quarantined device stays so: its worker has it answer a canary first. `UsageError` when another machine serves
+    this device, or when a database file that serves one host serves another one.
     """
     now = database.now(conn)
-    name = registration.name
+    name, device = registration.name, tables.device.c
+    _refuse_double(conn, database, registration, lease_s)
     values = {
         "host": registration.host,
         "idx": registration.index,
         "soc": registration.soc,
         "backends": ",".join(registration.backends),
-        "state": DeviceState.UP.value,
+        "state": case((device.state == _QUARANTINED, _QUARANTINED), else_=DeviceState.UP.value),
         "pid": registration.pid,
         "pid_started": registration.pid_started,
         "registered": now,
         "heartbeat": now,
-        "strikes": 0,
+        "strikes": case((device.state == _QUARANTINED, device.strikes), else_=0),
+        "kind": registration.kind,
         "info": json.dumps(registration.info),
     }
     before = conn.scalar(select(tables.device.c.incarnation).where(tables.device.c.name == name).with_for_update())
     incarnation = (before or 0) + 1
     if before is None:
+        values |= {"state": DeviceState.UP.value, "strikes": 0}
         conn.execute(tables.device.insert().values(name=name, incarnation=incarnation, **values))
     else:
         known = tables.device.c.name == name
         conn.execute(update(tables.device).where(known).values(incarnation=incarnation, **values))
     events.record(conn, now, "device_up", f"incarnation {incarnation}, pid {registration.pid}", device=name)
     return incarnation
+
+
+def _refuse_double(conn: Connection, database: Database, registration: Registration, lease_s: float) -> None:
+    refuse_second_host(conn, database, registration.host, lease_s)
+    for other in heard(conn, database, lease_s):
+        machines = other.info.get("machine"), registration.info.get("machine")
+        if other.name == registration.name and None not in machines and len(set(machines)) == 2:
+            raise UsageError(
+                f"device {other.name} is served by another machine, heard of a moment ago: "
+                "give each host a name of its own in FARM_HOST"
+            )
+
+
+def refuse_second_host(conn: Connection, database: Database, host: str, lease_s: float) -> None:
+    """`UsageError` when a database file, which serves one host, serves another one than this."""
+    others = {d.host for d in heard(conn, database, lease_s)} - {host}
+    if database.is_sqlite and others:
+        raise UsageError(
+            f"{database} serves host {', '.join(sorted(others))}, and SQLite serves one host only: give the hosts a "
+            "Postgres in FARM_DATABASE_URL (postgresql+psycopg://...), or end the farm of the other host first"
+        )
 
 
 def beat(conn: Connection, database: Database, name: str, incarnation: int) -> frozenset[int] | None:
@@ -142,12 +179,12 @@ def heard(conn: Connection, database: Database, lease_s: float) -> list[Device]:
 
 def live(conn: Connection, database: Database, lease_s: float) -> list[Device]:
     """Devices that take work now."""
-    return [d for d in heard(conn, database, lease_s) if d.state is DeviceState.UP]
+    return [d for d in heard(conn, database, lease_s) if d.takes_work]
 
 
 def hold(conn: Connection, name: str) -> None:
     """Have a device's window to oneself until the transaction ends."""
-    conn.execute(select(tables.device.c.name).where(tables.device.c.name == name).with_for_update())
+    conn.execute(select(tables.device.c.name).where(tables.device.c.name == name).with_for_update(key_share=True))
 
 
 def strike(conn: Connection, database: Database, name: str, count: int, why: str) -> None:
@@ -157,16 +194,55 @@ def strike(conn: Connection, database: Database, name: str, count: int, why: str
     strikes = max(0, row.strikes + count)
     conn.execute(update(tables.device).where(device.name == name).values(strikes=strikes))
     if strikes >= STRIKES and row.state == DeviceState.UP.value:
-        conn.execute(update(tables.device).where(device.name == name).values(state=DeviceState.QUARANTINED.value))
-        events.record(conn, database.now(conn), "device_quarantined", why, device=name)
+        quarantine(conn, database, name, why)
     elif strikes < STRIKES and row.state == DeviceState.QUARANTINED.value:
-        conn.execute(update(tables.device).where(device.name == name).values(state=DeviceState.UP.value))
-        events.record(conn, database.now(conn), "device_up", "its strikes were the work's fault", device=name)
+        release(conn, database, name, strikes, "its strikes were the work's fault")
+
+
+def quarantine(conn: Connection, database: Database, name: str, why: str) -> None:
+    """Give a device no more work until it answers a canary as it should."""
+    device = tables.device.c
+    changed = conn.execute(
+        update(tables.device)
+        .where(device.name == name, device.state != DeviceState.QUARANTINED.value)
+        .values(state=DeviceState.QUARANTINED.value, quarantines=device.quarantines + 1, reason=why)
+    )
+    if changed.rowcount:
+        events.record(conn, database.now(conn), "device_quarantined", why, device=name)
+
+
+def release(conn: Connection, database: Database, name: str, strikes: int, why: str) -> None:
+    """End a quarantine, with so many strikes left on the record."""
+    device = tables.device.c
+    changed = conn.execute(
+        update(tables.device)
+        .where(device.name == name, device.state == DeviceState.QUARANTINED.value)
+        .values(state=DeviceState.UP.value, strikes=strikes, reason="")
+    )
+    if changed.rowcount:
+        events.record(conn, database.now(conn), "device_up", why, device=name)
+
+
+def set_drained(conn: Connection, database: Database, names: Collection[str], drained: bool) -> None:
+    """Have devices take no work, or take it again."""
+    device = tables.device.c
+    for name in names:
+        changed = conn.execute(
+            update(tables.device).where(device.name == name, device.drained != drained).values(drained=drained)
+        )
+        if changed.rowcount:
+            kind = "device_drained" if drained else "device_undrained"
+            events.record(conn, database.now(conn), kind, "by its user", device=name)
 
 
 def clear_strikes(conn: Connection, name: str) -> None:
+    """A device did what it was asked to."""
+    device = tables.device.c
+    bad = or_(device.strikes > 0, device.quarantines > 0)
     conn.execute(
-        update(tables.device).where(tables.device.c.name == name, tables.device.c.strikes > 0).values(strikes=0)
+        update(tables.device)
+        .where(device.name == name, device.state == DeviceState.UP.value, bad)
+        .values(strikes=0, quarantines=0)
     )
 
 
@@ -188,5 +264,9 @@ def _record(row: Row[Any]) -> Device:
         registered=row.registered,
         heartbeat=row.heartbeat,
         strikes=row.strikes,
+        kind=row.kind,
+        drained=row.drained,
+        quarantines=row.quarantines,
+        reason=row.reason,
         info=json.loads(row.info),
     )

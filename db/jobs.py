@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Row, case, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, true, update
 
 from db import events, tables
+from db.devices import Device
 from db.engine import Database
 from farm.errors import UsageError
 from farm.jobs import LIVE, AttemptState, Job, JobSpec, JobState, ResultState, ShardState
@@ -17,6 +18,16 @@ from farm.jobs import LIVE, AttemptState, Job, JobSpec, JobState, ResultState, S
 _SPEC = TypeAdapter(JobSpec)
 ACTIVE = (JobState.PENDING, JobState.RUNNING)
 UNFINISHED = (ShardState.PENDING, ShardState.ASSIGNED, ShardState.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unfit:
+    """A host that is skipped for a job."""
+
+    job_id: int
+    host: str
+    reason: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +56,8 @@ def create(conn: Connection, database: Database, spec: JobSpec, shards: Sequence
             samples=spec.samples,
             spec=_SPEC.dump_json(spec).decode(),
             created=now,
+            priority=spec.priority,
+            devices=f",{','.join(spec.devices)}," if spec.devices else "",
         )
         .returning(tables.job.c.id)
     ).scalar_one()
@@ -73,15 +86,51 @@ def state(conn: Connection, job_id: int) -> JobState:
 
 def recent(conn: Connection, limit: int) -> list[Job]:
     """The newest jobs, newest first."""
-    rows = conn.execute(select(tables.job).order_by(tables.job.c.id.desc()).limit(limit))
-    return [_record(row) for row in rows]
+    return several(conn, true(), (tables.job.c.id.desc(),), limit)
 
 
-def active(conn: Connection) -> list[Job]:
-    """Jobs that still want work done, oldest first."""
-    states = [state.value for state in ACTIVE]
-    rows = conn.execute(select(tables.job).where(tables.job.c.state.in_(states)).order_by(tables.job.c.id))
-    return [_record(row) for row in rows]
+def several(
+    conn: Connection, which: ColumnElement[bool], order: Sequence[ColumnElement[Any]], limit: int | None = None
+) -> list[Job]:
+    return [_record(row) for row in conn.execute(select(tables.job).where(which).order_by(*order).limit(limit))]
+
+
+def is_active() -> ColumnElement[bool]:
+    return tables.job.c.state.in_([state.value for state in ACTIVE])
+
+
+def has_pending() -> ColumnElement[bool]:
+    """Of a job in a query: whether one of its shards waits for a device."""
+    shard = tables.shard.c
+    return select(shard.id).where(shard.job_id == tables.job.c.id, shard.state == ShardState.PENDING.value).exists()
+
+
+def suits(device: Device) -> ColumnElement[bool]:
+    """Of a job in a query: whether a device may serve it: its backend, its choice of devices, what its host holds."""
+    job, unfit = tables.job.c, tables.unfit.c
+    return and_(
+        job.backend.in_(device.backends),
+        or_(job.devices == "", job.devices.contains(f",{device.name},", autoescape=True)),
+        ~select(unfit.host).where(unfit.job_id == job.id, unfit.host == device.host).exists(),
+    )
+
+
+def unfit_hosts(conn: Connection, job_id: int | None = None) -> list[Unfit]:
+    """Which hosts cannot do which active jobs, and why."""
+    unfit = tables.unfit.c
+    query = select(tables.unfit).join(tables.job, tables.job.c.id == unfit.job_id).where(is_active())
+    if job_id is not None:
+        query = query.where(unfit.job_id == job_id)
+    rows = conn.execute(query.order_by(unfit.job_id, unfit.host))
+    return [Unfit(job_id=row.job_id, host=row.host, reason=row.reason, at=row.at) for row in rows]
+
+
+def fit_again(conn: Connection, database: Database, job_id: int, host: str) -> None:
+    """A host has now what a job needs."""
+    unfit = tables.unfit.c
+    gone = conn.execute(tables.unfit.delete().where(unfit.job_id == job_id, unfit.host == host))
+    if gone.rowcount:
+        events.record(conn, database.now(conn), "host_fit", f"{host} has what it lacked", job_id=job_id)
 
 
 def progress(conn: Connection, job_id: int) -> Progress:
@@ -128,23 +177,28 @@ def _end(
     now = database.now(conn)
     ended = conn.execute(
         update(tables.job)
-        .where(tables.job.c.id == job_id, tables.job.c.state.in_([s.value for s in ACTIVE]))
+        .where(tables.job.c.id == job_id, is_active())
         .values(state=state.value, finished=now, error=error)
     )
     if ended.rowcount != 1:
         return False
+    conn.execute(  # before the attempts: one that is being made becomes visible when its shard is free
+        update(tables.shard)
+        .where(tables.shard.c.job_id == job_id, tables.shard.c.state.in_([s.value for s in UNFINISHED]))
+        .values(state=shard_state.value)
+    )
     conn.execute(
         update(tables.attempt)
         .where(tables.attempt.c.job_id == job_id, tables.attempt.c.state.in_([s.value for s in LIVE]))
         .values(state=AttemptState.LOST.value, ended=now, reason=f"job {state.value}")
     )
-    conn.execute(
-        update(tables.shard)
-        .where(tables.shard.c.job_id == job_id, tables.shard.c.state.in_([s.value for s in UNFINISHED]))
-        .values(state=shard_state.value)
-    )
     events.record(conn, now, f"job_{state.value}", error, job_id=job_id)
     return True
+
+
+def hold(conn: Connection, job_id: int) -> None:
+    """Have a job's end to oneself until the transaction ends; its shards go on."""
+    conn.execute(select(tables.job.c.id).where(tables.job.c.id == job_id).with_for_update(key_share=True))
 
 
 def finished_but_open(conn: Connection) -> list[int]:
@@ -155,10 +209,7 @@ def finished_but_open(conn: Connection) -> list[int]:
         .where(shard.job_id == tables.job.c.id, shard.state.in_([state.value for state in UNFINISHED]))
         .exists()
     )
-    rows = conn.execute(
-        select(tables.job.c.id).where(tables.job.c.state.in_([state.value for state in ACTIVE]), ~unfinished)
-    )
-    return list(rows.scalars())
+    return list(conn.execute(select(tables.job.c.id).where(is_active(), ~unfinished)).scalars())
 
 
 def settle(conn: Connection, database: Database, job_id: int) -> JobState:
@@ -171,10 +222,11 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
     by_state = (
         select(result.state, func.count()).where(result.job_id == job_id, result.superseded == 0).group_by(result.state)
     )
-    counts = {row[0]: row[1] for row in conn.execute(by_state)}
+    hold(conn, job_id)  # nobody settles or reopens it meanwhile
     job = get(conn, job_id)
     if job.state.is_final or job_id not in finished_but_open(conn):
         return job.state
+    counts = {row[0]: row[1] for row in conn.execute(by_state)}  # after that: shards that are done have all their rows
     found = sum(counts.values())
     if found != job.spec.samples:
         error = f"refused to settle: {found} result rows for {job.spec.samples} samples; the database was altered"
@@ -183,9 +235,7 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
     state = JobState.DONE_WITH_ERRORS if counts.get(ResultState.FAILED.value) else JobState.DONE
     now = database.now(conn)
     settled = conn.execute(
-        update(tables.job)
-        .where(tables.job.c.id == job_id, tables.job.c.state.in_([s.value for s in ACTIVE]))
-        .values(state=state.value, finished=now)
+        update(tables.job).where(tables.job.c.id == job_id, is_active()).values(state=state.value, finished=now)
     )
     if settled.rowcount == 1:
         events.record(conn, now, f"job_{state.value}", f"{found} samples", job_id=job_id)

@@ -20,6 +20,7 @@ def upgrade(settings: Settings) -> str:
     database.refuse_newer()
     try:
         with database.write() as conn:
+            database.hold_schema(conn)
             command.upgrade(alembic_config(conn), "head")
     except CommandError as exc:
         raise StorageError(f"{database} cannot be brought to schema {SCHEMA_REVISION}: {exc}") from exc

@@ -8,26 +8,29 @@ change: it says by its answer whether the caller won, and a caller that lost has
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, insert, or_, select, update
 
-from db import devices, events, jobs, results, tables
+from db import canaries, devices, events, jobs, results, tables
 from db.devices import Device
 from db.engine import Database
 from farm.jobs import (
     LIVE,
     Assignment,
     AttemptState,
+    Canary,
     DeviceState,
     Failure,
     Job,
     JobState,
     ShardResult,
     ShardState,
+    Verdict,
 )
 
 #: Shards a device holds: one running, one waiting. A third adds nothing on this broker.
@@ -36,12 +39,20 @@ WINDOW = 2
 ISOLATE_AFTER = 2
 #: Failed attempts of a shard after which its job fails.
 MAX_FAILED = 6
+#: Jobs among which a device looks for its next shard.
+MOST_JOBS = 16
+#: Shards of one job in a row after which a device gives way to a job of equal priority that nobody serves.
+STREAK = 16
+#: A shard is slow that takes longer than this, and so many times as long as the job's others.
+SLOW_S, SLOW_FACTOR = 2.0, 3.0
 
 _LIVE = [state.value for state in LIVE]
 _BREAKING = (Failure.CRASH.value, Failure.HANG.value, Failure.DATA.value)
 
 a = tables.attempt.c
 s = tables.shard.c
+d = tables.device.c
+u = tables.unfit.c
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,70 +77,126 @@ class _Pending(NamedTuple):
     idx: int
     start: int
     stop: int
+    since: int  #: attempts up to this number are history
 
 
 class _Fenced(Exception):
     """The attempt is not live any more: an answer, raised only to roll back."""
 
 
-def assign(conn: Connection, database: Database, lease_s: float, only: str | None = None) -> list[Ring]:
-    """Fill the windows of all devices that take work (or of `only` one). Ring what it returns after the commit."""
+def assign(conn: Connection, database: Database, lease_s: float, only: Collection[str] | None = None) -> list[Ring]:
+    """Fill the windows of all devices that take work (or of `only` some). Ring what it returns after the commit."""
     now = database.now(conn)
-    up = devices.live(conn, database, lease_s)
-    open_jobs = jobs.active(conn) if up else []
     rings: list[Ring] = []
-    for device in up:
-        if only in (None, device.name) and open_jobs:
-            rings += _fill(conn, now, device, up, open_jobs)
+    for device in devices.live(conn, database, lease_s):
+        if only is None or device.name in only:
+            rings += _fill(conn, database, now, device, lease_s)
+    _begin(conn, rings)
     return rings
 
 
-def _fill(conn: Connection, now: float, device: Device, up: Sequence[Device], open_jobs: Sequence[Job]) -> list[Ring]:
-    suited = {j.id: j for j in open_jobs if devices.matching([device], j.spec.artifact.backend, j.spec.devices)}
+def _begin(conn: Connection, rings: Sequence[Ring]) -> None:
+    """Jobs that got their first device run. Last thing in a transaction: assigners meet at the jobs' rows."""
+    for job_id in sorted({ring.assignment.job.id for ring in rings if ring.assignment.job.state is JobState.PENDING}):
+        conn.execute(
+            update(tables.job)
+            .where(tables.job.c.id == job_id, tables.job.c.state == JobState.PENDING.value)
+            .values(state=JobState.RUNNING.value)
+        )
+
+
+def _fill(conn: Connection, database: Database, now: float, device: Device, lease_s: float) -> list[Ring]:
     devices.hold(conn, device.name)  # two assigners must not count the same window
     held = conn.scalar(select(func.count()).where(a.device == device.name, a.state.in_(_LIVE))) or 0
     rings: list[Ring] = []
-    while suited and held + len(rings) < WINDOW:
-        row = _next_pending(conn, device, up, suited)
-        if row is None:
+    while held + len(rings) < WINDOW:
+        found = _next_pending(conn, database, device, lease_s)
+        if found is None:
             break
-        rings.append(_attempt(conn, now, row, suited[row.job_id], device))
+        rings.append(_attempt(conn, now, found, device))
     return rings
 
 
-def _next_pending(conn: Connection, device: Device, up: Collection[Device], suited: dict[int, Job]) -> _Pending | None:
-    """The first pending shard of the oldest job; one that failed here goes elsewhere first, if it can."""
-    failed_here = select(a.shard_id).where(a.device == device.name, a.state == AttemptState.FAILED.value)
+def _next_pending(conn: Connection, database: Database, device: Device, lease_s: float) -> _Pending | None:
+    """The first pending shard of the job whose turn it is; one that failed here goes elsewhere first, if it can."""
+    job_ids = _turns(conn, device)
+    failed = select(a.shard_id).join(tables.device, d.name == a.device)
+    failed_here = failed.where(a.no > s.since, a.shard_id == s.id, _failed_for(device)).exists()
     query = (
-        select(s.id, s.job_id, s.idx, s.start, s.stop)
-        .where(s.state == ShardState.PENDING.value, s.job_id.in_(suited))
-        .order_by(s.job_id, s.idx)
-        .with_for_update(skip_locked=True)
-        .limit(1)
+        select(s.id, s.job_id, s.idx, s.start, s.stop, s.since)
+        .where(s.state == ShardState.PENDING.value)
+        .order_by(s.idx)
+        .with_for_update(skip_locked=True, of=tables.shard)
     )
-    row = conn.execute(query.where(s.id.not_in(failed_here))).first()
-    if row is not None:
-        return _Pending(*row)
-    for row in conn.execute(query.limit(16)):
-        job = suited[row.job_id]
-        peers = devices.matching(up, job.spec.artifact.backend, job.spec.devices)
-        tried = set(
-            conn.execute(select(a.device).where(a.shard_id == row.id, a.state == AttemptState.FAILED.value)).scalars()
-        )
-        if tried.issuperset(d.name for d in peers):
+    for job_id in job_ids:
+        row = conn.execute(query.where(s.job_id == job_id, ~failed_here).limit(1)).first()
+        if row is not None:
             return _Pending(*row)
+    peers = devices.live(conn, database, lease_s) if job_ids else []
+    for job_id in job_ids:
+        for row in conn.execute(query.where(s.job_id == job_id).limit(16)).all():
+            shard = _Pending(*row)
+            if not any(_may_try(conn, shard, peer) for peer in peers):
+                return shard
     return None
 
 
-def _attempt(conn: Connection, now: float, row: _Pending, job: Job, device: Device) -> Ring:
-    past = conn.execute(select(a.failure).where(a.shard_id == row.id)).scalars().all()
+def _failed_for(device: Device) -> ColumnElement[bool]:
+    """Of an attempt and its device: it failed there for a reason that holds for `device`, too."""
+    host = and_(a.failure == Failure.HOST.value, d.host == device.host)
+    return and_(a.state == AttemptState.FAILED.value, or_(d.name == device.name, host))
+
+
+def _may_try(conn: Connection, shard: _Pending, device: Device) -> bool:
+    """Whether a device serves a shard's job and has not failed at the shard."""
+    suited = select(tables.job.c.id).where(tables.job.c.id == shard.job_id, jobs.suits(device))
+    failed = select(a.id).join(tables.device, d.name == a.device)
+    failed = failed.where(a.shard_id == shard.id, a.no > shard.since, _failed_for(device))
+    return conn.execute(suited).first() is not None and conn.execute(failed).first() is None
+
+
+def _turns(conn: Connection, device: Device) -> list[int]:
+    """
+    Jobs with pending shards that a device may serve, the one whose turn it is first.
+
+    The highest priority goes first. Equals share the devices: a device stays with its job, whose model it has loaded,
+    while that job holds no more of the farm than others do; and on its own it gives way to a job that nobody serves.
+    """
+    job = tables.job.c
+    rows = conn.execute(
+        select(job.id, job.priority)
+        .where(jobs.is_active(), jobs.suits(device), jobs.has_pending())
+        .order_by(job.priority.desc(), job.id)
+        .limit(MOST_JOBS)
+    ).all()
+    equals = [row.id for row in rows if row.priority == rows[0].priority]
+    if len(equals) > 1:
+        live = dict.fromkeys(equals, 0)
+        counts = select(a.job_id, func.count()).where(a.state.in_(_LIVE), a.job_id.in_(equals)).group_by(a.job_id)
+        live |= {row[0]: row[1] for row in conn.execute(counts)}
+        newest = select(func.max(a.id)).scalar_subquery()
+        past = select(a.job_id).where(a.device == device.name, a.id > newest - 4096).order_by(a.id.desc())
+        row = list(conn.execute(past.limit(STREAK)).scalars())
+        mine, least = (row[0] if row else None), min(live.values())
+        tired = row == [mine] * STREAK and least == 0
+        stays = mine in live and live[mine] <= least + WINDOW and not tired
+        equals.sort(key=lambda job_id: (not (stays and job_id == mine), live[job_id], tired and job_id == mine, job_id))
+    return equals + [row.id for row in rows if row.id not in equals]
+
+
+def _attempt(conn: Connection, now: float, row: _Pending, device: Device, *, second: bool = False) -> Ring:
+    """A new attempt of a shard; a `second` one beside one that runs."""
+    job = jobs.get(conn, row.job_id)
+    tries = conn.execute(select(a.no, a.failure).where(a.shard_id == row.id).order_by(a.no)).all()
+    number = tries[-1].no + 1 if tries else 1
+    past = [each.failure for each in tries if each.no > row.since]
     isolating = sum(failure in _BREAKING for failure in past) >= ISOLATE_AFTER
     attempt_id = conn.execute(
         insert(tables.attempt)
         .values(
             job_id=job.id,
             shard_id=row.id,
-            no=len(past) + 1,
+            no=number,
             device=device.name,
             incarnation=device.incarnation,
             state=AttemptState.ASSIGNED.value,
@@ -139,13 +206,8 @@ def _attempt(conn: Connection, now: float, row: _Pending, job: Job, device: Devi
         )
         .returning(a.id)
     ).scalar_one()
-    conn.execute(update(tables.shard).where(s.id == row.id).values(state=ShardState.ASSIGNED.value))
-    if job.state is JobState.PENDING:
-        conn.execute(
-            update(tables.job)
-            .where(tables.job.c.id == job.id, tables.job.c.state == JobState.PENDING.value)
-            .values(state=JobState.RUNNING.value)
-        )
+    if not second:
+        conn.execute(update(tables.shard).where(s.id == row.id).values(state=ShardState.ASSIGNED.value))
     if isolating:
         text = "looks for the sample that breaks the device process"
         events.record(conn, now, "isolating", text, job_id=job.id, shard_id=row.id, attempt_id=attempt_id)
@@ -156,7 +218,7 @@ def _attempt(conn: Connection, now: float, row: _Pending, job: Job, device: Devi
             shard_id=row.id,
             job=job,
             shard=row.idx,
-            attempt=len(past) + 1,
+            attempt=number,
             start=row.start,
             stop=row.stop,
             isolating=isolating,
@@ -165,13 +227,20 @@ def _attempt(conn: Connection, now: float, row: _Pending, job: Job, device: Devi
     )
 
 
-def start(conn: Connection, database: Database, attempt_id: int, device: str, incarnation: int) -> Started | None:
+def start(
+    conn: Connection, database: Database, attempt_id: int, device: str, incarnation: int, *, again: bool = False
+) -> Started | None:
     """
     Take up an assigned attempt. None when there is nothing to take up: it ended, runs already, is another
     incarnation's, or was never there. A doorbell may ring twice, late, or for nobody.
+
+    `again` is for who does not know what became of its first try: one that runs is taken up, too.
     """
     now = database.now(conn)
-    mine = and_(a.device == device, a.incarnation == incarnation, a.state == AttemptState.ASSIGNED.value)
+    assigned = and_(a.device == device, a.incarnation == incarnation, a.state == AttemptState.ASSIGNED.value)
+    running = and_(a.device == device, a.incarnation == incarnation, a.state == AttemptState.RUNNING.value)
+    mine = or_(assigned, running) if again else assigned
+    _hold(conn, select(a.shard_id).where(a.id == attempt_id, mine))
     taken = conn.execute(
         update(tables.attempt).where(a.id == attempt_id, mine).values(state=AttemptState.RUNNING.value, started=now)
     )
@@ -183,7 +252,7 @@ def start(conn: Connection, database: Database, attempt_id: int, device: str, in
         .where(s.id == assignment.shard_id, s.state == ShardState.ASSIGNED.value)
         .values(state=ShardState.RUNNING.value)
     )
-    waiting = _assignments(conn, mine)
+    waiting = _assignments(conn, assigned)
     return Started(assignment=assignment, waiting=waiting[0] if waiting else None)
 
 
@@ -193,24 +262,57 @@ def complete(
     """
     Write an attempt's rows, its end and the device's next assignment in one transaction, or nothing at all.
 
-    None when the attempt is not live any more: another one has the shard, the rows are dropped. Raises
-    `InvariantBroken` when the rows are not one a sample.
+    None when the attempt is not live any more: another one has the shard, the rows are dropped. An answer to a canary
+    that is wrong ends the attempt as failed, and the device is in quarantine. Raises `InvariantBroken` when the rows
+    are not one a sample.
     """
     try:
         with database.write() as conn:
             now = database.now(conn)
+            rings = _judge(conn, database, assignment, device, incarnation, result.canary, lease_s)
+            if rings is not None:
+                return rings
             _win(conn, now, assignment, device, incarnation, result)
             results.insert(conn, assignment, result.samples)
             devices.clear_strikes(conn, device)
-            return assign(conn, database, lease_s, only=device)
+            return assign(conn, database, lease_s, only=[device])
     except _Fenced:
         with database.write() as conn:
             _fence(conn, database.now(conn), assignment, device, incarnation)
         return None
 
 
+def _judge(
+    conn: Connection,
+    database: Database,
+    assignment: Assignment,
+    device: str,
+    incarnation: int,
+    canary: Canary | None,
+    lease_s: float,
+) -> list[Ring] | None:
+    """What follows when a device's answer condemns it; None when it may go on."""
+    if canary is None or answer(conn, database, device, incarnation, canary) is not Verdict.DISAGREES:
+        return None
+    found = devices.get(conn, device)
+    reason = found.reason if found else ""
+    return fail(conn, database, assignment, device, Failure.DEVICE, reason, lease_s, blame=False)
+
+
+def answer(conn: Connection, database: Database, device: str, incarnation: int, canary: Canary) -> Verdict:
+    """
+    Write down what a device said to a canary. Devices that are found out by it are in quarantine afterwards, and what
+    they won since they were last right is open again.
+    """
+    verdict, condemned = canaries.judge(conn, database, device, incarnation, canary)
+    for name in condemned:
+        _release_quarantined(conn, database, name)
+    return verdict
+
+
 def _fence(conn: Connection, now: float, assignment: Assignment, device: str, incarnation: int) -> None:
     """Say that an attempt came too late; nothing for an attempt that is another's, or still to be taken up."""
+    _hold(conn, [assignment.shard_id])
     fenced = conn.execute(
         update(tables.attempt)
         .where(
@@ -219,7 +321,7 @@ def _fence(conn: Connection, now: float, assignment: Assignment, device: str, in
             a.incarnation == incarnation,
             a.state.in_([AttemptState.RUNNING.value, AttemptState.LOST.value]),
         )
-        .values(state=AttemptState.FENCED.value, ended=now)
+        .values(state=AttemptState.FENCED.value, ended=func.coalesce(a.ended, now))
     )
     if fenced.rowcount:
         _reopen(conn, [assignment.shard_id])
@@ -229,6 +331,7 @@ def _fence(conn: Connection, now: float, assignment: Assignment, device: str, in
 def _win(
     conn: Connection, now: float, assignment: Assignment, device: str, incarnation: int, result: ShardResult
 ) -> None:
+    _hold(conn, [assignment.shard_id])
     won = conn.execute(
         update(tables.attempt)
         .where(
@@ -266,9 +369,13 @@ def fail(
     failure: Failure,
     reason: str,
     lease_s: float,
+    *,
+    blame: bool = True,
 ) -> list[Ring]:
     """End an attempt that broke, blame whom it concerns, and give the device something else to do."""
     now = database.now(conn)
+    jobs.hold(conn, assignment.job.id)  # before its shards, for it may end with this
+    _hold(conn, [assignment.shard_id])
     ended = conn.execute(
         update(tables.attempt)
         .where(a.id == assignment.attempt_id, a.state.in_(_LIVE))
@@ -280,9 +387,59 @@ def fail(
     _reopen(conn, [assignment.shard_id])
     if failure is Failure.JOB:
         jobs.fail(conn, database, assignment.job.id, reason)
-    else:
+    elif blame and failure is not Failure.HOST:
         _blame(conn, database, assignment, device, failure, reason, lease_s)
-    return assign(conn, database, lease_s, only=device)
+    return assign(conn, database, lease_s, only=[device])
+
+
+def decline(
+    conn: Connection, database: Database, assignment: Assignment, name: str, reason: str, lease_s: float
+) -> list[Ring]:
+    """
+    Hand an attempt back because its device's host cannot do the job, and ask none of that host's devices again.
+
+    It costs the shard no attempt. When no host is left that is there and could do the job, the job fails.
+    """
+    now, job_id, device = database.now(conn), assignment.job.id, devices.get(conn, name)
+    if device is None:
+        return []
+    jobs.hold(conn, job_id)  # devices of a host find out together; the last host to decline must see the others
+    known = conn.execute(select(u.host).where(u.job_id == job_id, u.host == device.host)).first()
+    if known is None:
+        conn.execute(insert(tables.unfit).values(job_id=job_id, host=device.host, reason=reason, at=now))
+        text = f"{device.host} cannot do it: {reason}"
+        events.record(conn, now, "host_unfit", text, job_id=job_id, device=device.name)
+    there = select(d.name).where(d.host == device.host)
+    waiting = and_(a.state == AttemptState.ASSIGNED.value, a.device.in_(there))
+    _take_back(conn, database, and_(a.job_id == job_id, or_(a.id == assignment.attempt_id, waiting)), reason)
+    if not hosts_left(conn, database, assignment.job, lease_s):
+        reasons = [f"{unfit.host}: {unfit.reason}" for unfit in jobs.unfit_hosts(conn, job_id)]
+        jobs.fail(conn, database, job_id, f"no host can do it; {'; '.join(reasons)}")
+    return assign(conn, database, lease_s, only=[name])
+
+
+def hosts_left(conn: Connection, database: Database, job: Job, lease_s: float) -> set[str]:
+    """Hosts with devices that were there within the last lease and may serve a job."""
+    horizon = database.now(conn) - lease_s
+    there = [device for device in devices.everything(conn) if device.heartbeat >= horizon]
+    serving = devices.matching(there, job.spec.artifact.backend, job.spec.devices)
+    return {device.host for device in serving} - {unfit.host for unfit in jobs.unfit_hosts(conn, job.id)}
+
+
+def hosts_tried(conn: Connection, assignment: Assignment) -> set[str]:
+    """Hosts whose bins of a shard could not be used."""
+    query = select(d.host).join(tables.attempt, a.device == d.name).join(tables.shard, s.id == a.shard_id)
+    return set(
+        conn.execute(
+            query.where(s.id == assignment.shard_id, a.no > s.since, a.failure == Failure.HOST.value)
+        ).scalars()
+    )
+
+
+def last_job(conn: Connection, device: str) -> Job | None:
+    """The job a device worked on last."""
+    job_id = conn.scalar(select(a.job_id).where(a.device == device).order_by(a.id.desc()).limit(1))
+    return None if job_id is None else jobs.get(conn, job_id)
 
 
 def _blame(
@@ -302,7 +459,9 @@ def _blame(
     """
     spec = assignment.job.spec
     broken = conn.execute(
-        select(a.device, a.failure).where(a.shard_id == assignment.shard_id, a.state == AttemptState.FAILED.value)
+        select(a.device, a.failure)
+        .join(tables.shard, s.id == a.shard_id)
+        .where(s.id == assignment.shard_id, a.no > s.since, a.state == AttemptState.FAILED.value)
     ).all()
     where = f"samples {assignment.start} to {assignment.stop - 1}"
     if failure is Failure.DEVICE:
@@ -324,7 +483,7 @@ def _blame(
             devices.strike(conn, database, device, 1, reason)
     _release_quarantined(conn, database, device)
     # What a device did wrong costs the shard no attempt: another device has yet to fail at it.
-    if sum(row.failure != Failure.DEVICE.value for row in broken) >= MAX_FAILED:
+    if sum(row.failure not in (Failure.DEVICE.value, Failure.HOST.value) for row in broken) >= MAX_FAILED:
         jobs.fail(conn, database, assignment.job.id, f"{where} failed {MAX_FAILED} times, last on {device}: {reason}")
 
 
@@ -332,6 +491,14 @@ def _release_quarantined(conn: Connection, database: Database, device: str) -> N
     found = devices.get(conn, device)
     if found is not None and found.state is DeviceState.QUARANTINED:
         _take_back(conn, database, and_(a.device == device, a.state == AttemptState.ASSIGNED.value), "quarantined")
+
+
+def drain(conn: Connection, database: Database, names: Collection[str]) -> None:
+    """Give devices no more work, until `devices.set_drained` ends it; what they run, they finish."""
+    devices.set_drained(conn, database, names, drained=True)
+    _take_back(
+        conn, database, and_(a.device.in_(names), a.state == AttemptState.ASSIGNED.value), "its device is drained"
+    )
 
 
 def hand_back(conn: Connection, database: Database, device: str, incarnation: int) -> int:
@@ -347,7 +514,6 @@ def abandon(conn: Connection, database: Database, device: str) -> int:
 
 def orphans(conn: Connection, database: Database, lease_s: float) -> list[int]:
     """Live attempts whose device is gone, started anew, or was not heard of for a lease."""
-    d = tables.device.c
     lost = or_(
         d.incarnation != a.incarnation,
         d.state == DeviceState.GONE.value,
@@ -365,13 +531,13 @@ def rescue(conn: Connection, database: Database, lease_s: float) -> int:
 
 def _take_back(conn: Connection, database: Database, which: ColumnElement[bool], reason: str) -> int:
     now = database.now(conn)
-    d = tables.device.c
     found = conn.execute(
         select(a.id, a.shard_id, a.job_id, a.device, a.assigned, a.started, d.heartbeat)
         .join(tables.device, d.name == a.device)
         .where(a.state.in_(_LIVE), which)
         .order_by(a.id)
     ).all()
+    _hold(conn, [row.shard_id for row in found])
     taken = 0
     for row in found:
         # Its device was last at work when it was last heard of, which may have been yesterday.
@@ -391,6 +557,15 @@ def _take_back(conn: Connection, database: Database, which: ColumnElement[bool],
     return taken
 
 
+def _hold(conn: Connection, shard_ids: Sequence[int] | Select[tuple[int]]) -> None:
+    """
+    Have shards to oneself until the transaction ends: who ends one attempt must see what became of the others.
+
+    First thing a verb does to a shard, and before its attempts: all take these locks in one order.
+    """
+    conn.execute(select(s.id).where(s.id.in_(shard_ids)).order_by(s.id).with_for_update(key_share=True))
+
+
 def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:
     """Back to pending, unless the shard has ended or another attempt of it is live."""
     other = select(a.id).where(a.shard_id == s.id, a.state.in_(_LIVE)).exists()
@@ -406,7 +581,6 @@ def unheard(conn: Connection, database: Database, ring_again_s: float) -> list[R
     """Assigned attempts whose idle device seems not to have heard the bell."""
     running = select(a.device).where(a.state == AttemptState.RUNNING.value)
     late = a.rung < database.now(conn) - ring_again_s
-    d = tables.device.c
     up = select(d.name).where(d.state == DeviceState.UP.value)
     which = and_(a.state == AttemptState.ASSIGNED.value, late, a.device.not_in(running), a.device.in_(up))
     rows = conn.execute(select(a.id, a.device).where(which)).all()
@@ -422,7 +596,9 @@ def rang(conn: Connection, database: Database, rings: Sequence[Ring]) -> None:
 def _assignments(conn: Connection, which: ColumnElement[bool]) -> list[Assignment]:
     past = tables.attempt.alias("past")
     non_finite = (
-        select(past.c.id).where(past.c.shard_id == a.shard_id, past.c.failure == Failure.NON_FINITE.value).exists()
+        select(past.c.id)
+        .where(past.c.shard_id == a.shard_id, past.c.no > s.since, past.c.failure == Failure.NON_FINITE.value)
+        .exists()
     )
     rows = conn.execute(
         select(a.id, a.shard_id, a.no, a.isolating, s.idx, s.start, s.stop, a.job_id, non_finite.label("non_finite"))
@@ -454,18 +630,95 @@ def _event(conn: Connection, now: float, kind: str, assignment: Assignment, devi
     )  # fmt: skip
 
 
-def has_room(conn: Connection, database: Database, lease_s: float) -> bool:
-    """Whether some device's window could take a shard that is pending."""
-    up = devices.live(conn, database, lease_s)
-    wanting = [job for job in jobs.active(conn) if _has_pending(conn, job.id)] if up else []
-    if not wanting:
-        return False
+def with_room(conn: Connection, database: Database, lease_s: float) -> list[str]:
+    """Devices whose window could take a shard that is pending."""
+    free = _free(conn, database, lease_s, WINDOW)
+    job = tables.job.c
+    pending = select(job.id).where(jobs.is_active(), jobs.has_pending())
+    if not free or conn.execute(pending.limit(1)).first() is None:
+        return []
+    choosy = conn.execute(pending.where(job.devices != "").limit(1)).first() is not None
+    found: list[str] = []
+    wanted: dict[tuple[str, ...], bool] = {}
+    for device in free:
+        alike = (device.host, *device.backends)  # devices of a host are, unless jobs name some
+        if choosy or alike not in wanted:
+            wanted[alike] = conn.execute(pending.where(jobs.suits(device)).limit(1)).first() is not None
+        if wanted[alike]:
+            found.append(device.name)
+    return found
+
+
+def _free(conn: Connection, database: Database, lease_s: float, fewer: int) -> list[Device]:
+    """Devices that take work and hold fewer shards than that."""
     by_device = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
     held = {row[0]: row[1] for row in conn.execute(by_device)}
-    free = [device for device in up if held.get(device.name, 0) < WINDOW]
-    return any(devices.matching(free, job.spec.artifact.backend, job.spec.devices) for job in wanting)
+    return [device for device in devices.live(conn, database, lease_s) if held.get(device.name, 0) < fewer]
 
 
-def _has_pending(conn: Connection, job_id: int) -> bool:
-    query = select(s.id).where(s.job_id == job_id, s.state == ShardState.PENDING.value).limit(1)
-    return conn.execute(query).first() is not None
+class Slow(NamedTuple):
+    """A running attempt that takes long beside what others took, while a device is idle that could do the shard."""
+
+    attempt_id: int
+    device: str
+    idle: Device
+    shard: _Pending
+
+
+def slow(conn: Connection, database: Database, lease_s: float) -> list[Slow]:
+    """
+    At the end of a job, when nothing is pending: which shards should have a second attempt, and where.
+
+    One a shard and one a device. A shard that is being taken apart to find a sample is left alone.
+    """
+    now = database.now(conn)
+    running = conn.execute(
+        select(a.id, a.device, a.started, s.id.label("shard_id"), s.job_id, s.idx, s.start, s.stop, s.since)
+        .join(tables.shard, s.id == a.shard_id)
+        .where(a.state == AttemptState.RUNNING.value, a.started < now - SLOW_S, ~a.isolating)
+        .order_by(a.started)
+    ).all()
+    if not running:
+        return []
+    idle = _free(conn, database, lease_s, 1)
+    found: list[Slow] = []
+    for row in running:
+        usual = _usual_s(conn, row.job_id) if idle else None
+        if usual is None or now - row.started < SLOW_FACTOR * usual * (row.stop - row.start):
+            continue
+        live = conn.scalar(select(func.count()).where(a.shard_id == row.shard_id, a.state.in_(_LIVE)))
+        shard = _Pending(row.shard_id, row.job_id, row.idx, row.start, row.stop, row.since)
+        other = next((x for x in idle if x.name != row.device and _may_try(conn, shard, x)), None)
+        if live == 1 and other is not None:
+            idle.remove(other)
+            found.append(Slow(row.id, row.device, other, shard))
+    return found
+
+
+def speculate(conn: Connection, database: Database, lease_s: float) -> list[Ring]:
+    """Give slow shards a second attempt on idle devices, and what waits behind them; the first to commit wins."""
+    now = database.now(conn)
+    rings: list[Ring] = []
+    for each in slow(conn, database, lease_s):
+        devices.hold(conn, each.idle.name)
+        # Two that tick must not both do it; one that ends it at this moment is not waited for.
+        if conn.execute(select(s.id).where(s.id == each.shard.id).with_for_update(skip_locked=True)).first() is None:
+            continue
+        live = conn.execute(select(a.id).where(a.shard_id == each.shard.id, a.state.in_(_LIVE))).scalars().all()
+        if live != [each.attempt_id]:
+            continue
+        ring = _attempt(conn, now, each.shard, each.idle, second=True)
+        _event(conn, now, "speculated", ring.assignment, each.idle.name, f"{each.device} takes long")
+        behind = and_(a.device == each.device, a.state == AttemptState.ASSIGNED.value)
+        _take_back(conn, database, behind, "moved to an idle device")
+        rings += [ring, *_fill(conn, database, now, each.idle, lease_s)]
+    _begin(conn, rings)
+    return rings
+
+
+def _usual_s(conn: Connection, job_id: int) -> float | None:
+    """Seconds a sample of a job's latest shards: the median; None before there are some."""
+    won = select(a.started, a.ended, s.start, s.stop).join(tables.shard, s.id == a.shard_id)
+    won = won.where(a.job_id == job_id, a.state == AttemptState.WON.value).order_by(a.id.desc()).limit(32)
+    times = [(row.ended - row.started) / (row.stop - row.start) for row in conn.execute(won)]
+    return statistics.median(times) if times else None

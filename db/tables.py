@@ -21,9 +21,10 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 
-SCHEMA_REVISION = "0002"
+SCHEMA_REVISION = "0003"
 
 metadata = MetaData(
     naming_convention={
@@ -50,6 +51,8 @@ job = Table(
     Column("created", Double, nullable=False),
     Column("finished", Double),
     Column("error", Text, nullable=False, server_default=""),
+    Column("priority", Integer, nullable=False, server_default="0"),
+    Column("devices", Text, nullable=False, server_default=""),  # ",h:0,h:1," or, for all, nothing
     Index(None, "state", "id"),
     sqlite_autoincrement=True,
 )
@@ -64,6 +67,7 @@ shard = Table(
     Column("stop", Integer, nullable=False),
     Column("state", String(20), nullable=False),
     Column("winner", _Id),  # attempt.id, once done
+    Column("since", Integer, nullable=False, server_default="0"),  # attempts up to this number are history
     UniqueConstraint("job_id", "idx"),
     Index(None, "job_id", "state", "idx"),
 )
@@ -88,7 +92,7 @@ attempt = Table(
     Column("batch_ms", LargeBinary),  # float32 [batches, 3]: h2d, compute, d2h
     Column("budget", Text),  # JSON: ms by stage
     UniqueConstraint("shard_id", "no"),
-    Index(None, "device", "state"),
+    Index(None, "state", "device"),
     Index(None, "job_id", "state"),
     sqlite_autoincrement=True,
 )
@@ -109,6 +113,39 @@ device = Table(
     Column("heartbeat", Double, nullable=False),
     Column("strikes", Integer, nullable=False),
     Column("info", Text, nullable=False),  # JSON: what the worker says of itself
+    Column("kind", String(200), nullable=False, server_default=""),  # devices of one kind give the same bits
+    Column("drained", Boolean, nullable=False, server_default=false()),  # by its user: takes no work
+    Column("quarantines", Integer, nullable=False, server_default="0"),  # since it was last seen to be sound
+    Column("reason", Text, nullable=False, server_default=""),  # of its quarantine
+)
+
+# A host that cannot do a job, for what it holds: bins or artifact missing, or others.
+unfit = Table(
+    "unfit",
+    metadata,
+    Column("job_id", ForeignKey("job.id"), primary_key=True, autoincrement=False),
+    Column("host", String(64), primary_key=True),
+    Column("reason", Text, nullable=False),
+    Column("at", Double, nullable=False),
+)
+
+# What devices answered to inputs that are the same everywhere.
+canary = Table(
+    "canary",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("artifact_sha256", String(64), nullable=False),
+    Column("number", Integer, nullable=False),  # which input
+    Column("device", ForeignKey("device.name"), nullable=False),
+    Column("kind", String(200), nullable=False),
+    Column("incarnation", Integer, nullable=False),
+    Column("at", Double, nullable=False),
+    Column("digest", String(64), nullable=False),  # sha256 of the outputs' bytes
+    Column("max_abs_diff", Double),  # to onnxruntime, over the largest magnitude; none without a reference
+    Column("ms", Double, nullable=False),
+    Column("verdict", String(12), nullable=False),
+    Index(None, "artifact_sha256", "kind", "number"),
+    Index(None, "device", "id"),
 )
 
 result = Table(

@@ -7,6 +7,7 @@ What can go wrong, sorted by what the caller does next:
   + DeviceError     this device: another one takes the shard
     - DeviceCrashed   the device process ended by itself
     - DeviceHung      the device process was killed at its deadline
+  + HostError       this host lacks what the job needs: other hosts do it
   + JobError        no device can do it: fail the job with the text
   + StorageError    the database or the disk: nothing was written, try again later
     - InvariantBroken  what must never happen has: stop and look
@@ -43,8 +44,12 @@ class DeviceHung(DeviceError):
     """The device process did not answer within a batch's deadline and was killed."""
 
 
+class HostError(FarmError):
+    """This host cannot do the job, for its bins or its artifact are missing or not those the job froze."""
+
+
 class JobError(FarmError):
-    """The job cannot run on any device: wrong artifact, changed data, no memory at this batch size."""
+    """The job cannot run on any device: a model that does not load, no memory at this batch size."""
 
 
 class StorageError(FarmError):

@@ -57,7 +57,8 @@ class Failure(str, Enum):
     HANG = "hang"  #: the device process was killed at its deadline
     DATA = "data"  #: the backend blames the batch
     NON_FINITE = "non_finite"  #: scores that are no numbers
-    DEVICE = "device"  #: the device refused: load, driver, health
+    DEVICE = "device"  #: the device refused: load, driver, health, or a canary that came out wrong
+    HOST = "host"  #: bins of this host cannot be used; another host's may
     JOB = "job"  #: no device can do it
 
 
@@ -65,7 +66,7 @@ class DeviceState(str, Enum):
     """Whether a device takes work."""
 
     UP = "up"
-    QUARANTINED = "quarantined"  #: three strikes
+    QUARANTINED = "quarantined"  #: three strikes, or a canary that came out wrong; a canary that does not ends it
     GONE = "gone"  #: its worker left
 
 
@@ -90,6 +91,7 @@ class JobSpec:
     samples: int  #: the first so many of the manifest
     windows: int = 0  #: of all these images, for segmentation
     devices: tuple[str, ...] = ()  #: only these; empty: all that match
+    priority: int = 0  #: higher goes first
     allow_failed: int = 0
     provenance: Mapping[str, object]
 
@@ -174,6 +176,27 @@ class Budget:
     load_ms: float = 0.0  #: loading the model, when this attempt had to
 
 
+class Verdict(str, Enum):
+    """What a device's answer to a canary says of it."""
+
+    AGREES = "agrees"  #: with others of its kind, bit by bit
+    DISAGREES = "disagrees"  #: with most of them, or with onnxruntime
+    UNVERIFIED = "unverified"  #: nobody to compare it with
+    DISPUTED = "disputed"  #: as many say this as that
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A device's answer to an input that is the same everywhere."""
+
+    artifact_sha256: str
+    number: int  #: which input
+    digest: str  #: sha256 of the outputs' bytes
+    max_abs_diff: float | None  #: to onnxruntime, over the largest magnitude; None without a reference
+    tolerance: float  #: of that
+    ms: float
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardResult:
     """All that an attempt brings home, written in one transaction."""
@@ -181,3 +204,5 @@ class ShardResult:
     samples: Sequence[SampleResult]
     batch_ms: Sequence[tuple[float, float, float]]  #: (h2d, compute, d2h) of each batch
     budget: Budget
+    canary: Canary | None = None  #: what the device said to one on the way
+    unread: str = ""  #: why a sample's bin could not be used on this host, if one could not

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from platformdirs import user_data_path
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from farm.errors import StorageError, UsageError
@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(default=30.0, gt=0)  #: a device not heard of for so long loses its shards
     deadline_s: float = Field(default=15.0, gt=0)  #: the least time a batch gets before its device process is killed
     shard_s: float = Field(default=2.0, gt=0)  #: work in a shard
+    flower_auth: SecretStr = SecretStr("")  #: USER:PASSWORD that `farm flower` asks for
+    probe_s: float = Field(default=10.0, gt=0)  #: between looks at what keeps a device or host from working
+    clock_offset_s: float = 0.0  #: what this host's clock is off by: for tests
 
     @field_validator("host")
     @classmethod

@@ -34,7 +34,7 @@ def ring(app: Celery, rings: Sequence[Ring]) -> int:
             app.send_task(
                 SHARD_TASK,
                 args=[assignment.shard_id, assignment.attempt_id],
-                queue=queue_of(each.device),
+                queue=queue_of(each.device),  # no exchange: a broker that was wiped has forgotten what is bound to one
                 task_id=assignment.task_id,
                 argsrepr=str(assignment),
                 kwargsrepr="",

@@ -17,18 +17,15 @@ import sys
 import threading
 from time import monotonic, sleep
 
-from farm.errors import FarmError, StorageError
+from farm.errors import FarmError
 from farm.settings import Settings, load_settings, make_home
-from tasks import local
+from tasks import host, local
 from workers import broker, supervisor
 from workers.devices import discover
-from workers.supervisor import Child
 
 POLL_S = 0.1
 #: An ephemeral farm's end is awaited by somebody: what has not ended by then is killed, and taken up again later.
-EPHEMERAL_GRACE_S, GRACE_S = 2.5, 30.0
-#: Ticks: short while they find something to do, long while they do not.
-BUSY_TICK_S, IDLE_TICK_S = 0.2, 1.0
+EPHEMERAL_GRACE_S = 2.5
 #: Starting workers fill their own windows; the tick's imports would only slow them down.
 FIRST_TICK_S = 1.5
 
@@ -51,7 +48,7 @@ class LocalHost:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGUSR1, self._stay)
         signal.signal(signal.SIGUSR2, self._look)
-        children = [broker.child(settings), *(_worker(settings, d.name, d.index) for d in discover(settings))]
+        children = [broker.child(settings), *(host.worker(settings, device) for device in discover(settings))]
         local.write_info(settings, ephemeral=self._ephemeral)  # the farm is open; from now on signals may come
         ticking = threading.Thread(target=self._tick, daemon=True)
         opened = monotonic()
@@ -67,7 +64,7 @@ class LocalHost:
             local.info_path(settings).unlink(missing_ok=True)  # closed: whoever comes now must wait for the next one
             self._wake.set()
             # Workers first: they hand back what waits, which needs the database and no broker.
-            supervisor.stop(children[1:], EPHEMERAL_GRACE_S if self._ephemeral else GRACE_S)
+            supervisor.stop(children[1:], EPHEMERAL_GRACE_S if self._ephemeral else host.GRACE_S)
             supervisor.stop(children[:1], 1.0)
             broker.clean_up(settings)
 
@@ -86,31 +83,9 @@ class LocalHost:
         self._wake.set()
 
     def _tick(self) -> None:
-        """The coordinator."""
-        from db.engine import open_database
-        from tasks.app import make_app
-        from tasks.coordinator import tick
+        from tasks.coordinator import Coordinator
 
-        app = make_app(broker.url(self._settings))
-        database = None
-        while not self._ended:
-            self._wake.clear()
-            changes = 0
-            try:
-                database = database or open_database(self._settings)
-                changes = tick(database, app, self._settings)
-            except StorageError as exc:
-                log.warning("%s", exc)
-            except Exception:
-                log.exception("the tick failed; it goes on")
-            self._wake.wait(BUSY_TICK_S if changes else IDLE_TICK_S)
-
-
-def _worker(settings: Settings, name: str, index: int) -> Child:
-    log_file = settings.log_dir / f"worker-{index}.log"
-    # One core a device: a numeric library's own threads would only get in its way.
-    env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    return Child(name=name, command=[sys.executable, "-m", "tasks.worker", name], log_file=log_file, env=env)
+        Coordinator(self._settings, self._wake).run(until=lambda: self._ended)
 
 
 def _take_lock(settings: Settings) -> bool:

@@ -32,6 +32,7 @@ class Request:
     artifact: str | None = None
     backend: str | None = None
     head: str | None = None
+    priority: int = 0
     allow_failed: int = 0
 
 
@@ -108,6 +109,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             samples=samples,
             windows=0 if spec.dataset == "imagenet" else sum(parts),
             devices=request.devices,
+            priority=request.priority,
             allow_failed=request.allow_failed,
             provenance={
                 "versions": versions(),
@@ -148,6 +150,8 @@ def _device_names(settings: Settings, database: Database, request: Request, back
     if unknown:
         raise UsageError(f"unknown device {', '.join(unknown)}: the farm knows {', '.join(known) or 'none yet'}")
     serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in local if backend in d.backends}
+    if not serving.intersection(request.devices or serving):  # the job waits for those that are away for the moment
+        serving = {d.name for d in devices.matching(registered, backend, ())}
     chosen = sorted(serving.intersection(request.devices) if request.devices else serving, key=_by_host_and_index)
     if not chosen:
         raise UsageError(f"no device serves backend {backend}: the farm knows {', '.join(known) or 'none yet'}")

@@ -15,9 +15,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 from celery.signals import worker_ready
@@ -25,8 +27,8 @@ from celery.signals import worker_ready
 from db import devices, jobs, shards
 from db.devices import Registration
 from db.engine import Database, open_database
-from db.shards import Started
-from farm import artifacts
+from db.shards import Ring, Started
+from farm import artifacts, canary
 from farm.data import manifest
 from farm.data.manifest import Manifest
 from farm.errors import (
@@ -35,19 +37,22 @@ from farm.errors import (
     DeviceError,
     DeviceHung,
     FarmError,
+    HostError,
     InvariantBroken,
     JobError,
     StorageError,
 )
-from farm.jobs import Assignment, Failure, JobSpec, ShardResult
+from farm.jobs import Assignment, Canary, DeviceState, Failure, JobSpec, ShardResult, Verdict
 from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
 from tasks.dispatch import ring
 from workers import broker
 from workers.backends.base import Load, TensorSpec
-from workers.devices import LocalDevice, cpu_model, discover, find, lock
+from workers.devices import LocalDevice, cpu_model, discover, find, kind_of, lock, machine_id
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,8 @@ class DeviceWorker:
         self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(settings))
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
+        self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
+        self._asked: JobSpec | None = None  #: whose model the last canary was for
         self._app = make_app(broker.url(settings))
         self._stopping = threading.Event()
         self._busy = threading.Lock()
@@ -78,11 +85,11 @@ class DeviceWorker:
         registration = self._registration()
         with database.write() as conn:
             shards.abandon(conn, database, device.name)
-            self.incarnation = devices.register(conn, database, registration)
+            self.incarnation = devices.register(conn, database, registration, settings.lease_s)
             rings = shards.assign(conn, database, settings.lease_s)
         self._first_rings = rings
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
-        self._heart.start()
+        for work, name in ((self._beat, "heartbeat"), (self._probe, "probe")):
+            threading.Thread(target=work, name=name, daemon=True).start()
         signal.signal(signal.SIGTERM, self._on_early_term)
 
     def serve(self) -> None:
@@ -142,57 +149,122 @@ class DeviceWorker:
             return self._evaluate(attempt_id)
 
     def _evaluate(self, attempt_id: int) -> str:
-        name = self.device.name
-        with self._database.write() as conn:
-            started = shards.start(conn, self._database, attempt_id, name, self.incarnation)
-        if started is None:
-            return "stale"
-        assignment = started.assignment
         try:
-            return self._attempt(started)
-        except Exception as exc:
-            log.exception("%s broke", assignment.task_id)
-            error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
-        try:
-            return self._failed(assignment, error)
-        except StorageError:
-            log.exception("cannot even say so; leaving, so that a new incarnation takes over")
+            started = self._start(attempt_id)
+            if started is None:
+                return "stale"
+            try:
+                return self._attempt(started)
+            except StorageError as exc:
+                if not isinstance(exc, InvariantBroken):
+                    raise
+                error: FarmError = exc
+            except Exception as exc:
+                log.exception("%s broke", started.assignment.task_id)
+                error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
+            return self._failed(started.assignment, error)
+        except StorageError:  # no fault of the device's, and what became of the attempt is not known
+            log.exception("the database was away for a lease; leaving, so that a new incarnation takes over")
             os._exit(1)
 
     def _attempt(self, started: Started) -> str:
         assignment = started.assignment
         try:
             plan = self._plan(assignment)
-            self._pipeline.read_ahead(plan)
-            if started.waiting is not None:
-                self._read_ahead(started.waiting)
+            waiting = started.waiting
+            self._begin(plan, assignment.job.spec, last=waiting is None or waiting.job.id != assignment.job.id)
+            if waiting is not None:
+                self._read_ahead(waiting)
             result = self._pipeline.run(plan)
+            result = replace(result, canary=self._answer())
         except Aborted:
             return "aborted"
+        except HostError as exc:
+            return self._declined(assignment, exc)
         except (DataError, DeviceError, JobError) as exc:
             return self._failed(assignment, exc)
+        if result.unread and self._others_can(assignment):
+            return self._failed(assignment, HostError(result.unread))
         return self._complete(assignment, result)
 
-    def _complete(self, assignment: Assignment, result: ShardResult) -> str:
-        """Commit, retrying a database that is busy or away until the lease is over."""
-        deadline = time.monotonic() + self._settings.lease_s
-        while True:
-            try:
-                rings = shards.complete(
-                    self._database, assignment, self.device.name, self.incarnation, result, self._settings.lease_s
+    def _begin(self, plan: Plan, spec: JobSpec, *, last: bool = False) -> None:
+        """
+        Have a shard follow what is under way, and a canary follow it when one is due.
+
+        The `last` shard of a job always has one: else what a device did since the one before would go unseen.
+        """
+        self._pipeline.read_ahead(plan)
+        number = 0 if last and not self._pipeline.is_asked() else self._pipeline.canary_due(plan.load)
+        if number is not None and not plan.isolating:
+            self._pipeline.ask(plan.load, number)
+            self._asked = spec
+
+    def _answer(self) -> Canary | None:
+        """What the device said to the canary it was asked, if it was."""
+        try:
+            answer = self._pipeline.answer()
+        except Aborted:
+            raise
+        except FarmError as exc:
+            raise DeviceError(f"it fails at a canary: {exc}") from exc
+        if answer is None or self._asked is None:
+            return None
+        (number, said, ms), artifact = answer, self._asked.artifact
+        return Canary(
+            artifact_sha256=artifact.sha256,
+            number=number,
+            digest=said.digest,
+            max_abs_diff=said.max_abs_diff,
+            tolerance=canary.TOLERANCE.get(artifact.backend, 0.0),
+            ms=ms,
+        )
+
+    def _others_can(self, assignment: Assignment) -> bool:
+        """Whether another host is left that has not failed at this shard, and might have its bins."""
+        with self._database.read() as conn:
+            hosts = shards.hosts_left(conn, self._database, assignment.job, self._settings.lease_s)
+            tried = shards.hosts_tried(conn, assignment)
+        return bool(hosts - tried - {self.device.host})
+
+    def _start(self, attempt_id: int) -> Started | None:
+        tries = 0
+
+        def start() -> Started | None:
+            nonlocal tries
+            tries += 1
+            with self._database.write() as conn:  # a commit of which nothing was heard may have been one
+                return shards.start(
+                    conn, self._database, attempt_id, self.device.name, self.incarnation, again=tries > 1
                 )
-                break
-            except StorageError as exc:
-                if isinstance(exc, InvariantBroken) or time.monotonic() > deadline:
-                    raise
-                log.warning("could not commit %s, trying again: %s", assignment.task_id, exc)
-                time.sleep(0.5)
+
+        return self._persist(f"start attempt {attempt_id}", start)
+
+    def _complete(self, assignment: Assignment, result: ShardResult) -> str:
+        rings = self._persist(
+            f"commit {assignment.task_id}",
+            lambda: shards.complete(
+                self._database, assignment, self.device.name, self.incarnation, result, self._settings.lease_s
+            ),
+        )
         if rings is None:
             return "fenced"
         ring(self._app, rings)
         if not rings:
-            self._settle(assignment.job.id)
+            with suppress(StorageError):  # the coordinator will do it
+                self._settle(assignment.job.id)
         return "won"
+
+    def _persist(self, what: str, verb: Callable[[], T]) -> T:
+        """Do it, again and again while the database is busy or away, until the lease is over."""
+        deadline = time.monotonic() + self._settings.lease_s
+        while True:
+            try:
+                return verb()
+            except StorageError as exc:
+                if isinstance(exc, InvariantBroken) or time.monotonic() > deadline:
+                    raise
+                log.warning("could not %s, trying again: %s", what, exc)
+                time.sleep(0.5)
 
     def _settle(self, job_id: int) -> None:
         """Whoever commits a job's last shard ends the job; the coordinator would do it a tick later."""
@@ -205,16 +277,32 @@ class DeviceWorker:
     def _failed(self, assignment: Assignment, error: FarmError) -> str:
         failure = _kind(error)
         log.warning("%s failed: %s", assignment.task_id, error)
-        with self._database.write() as conn:
-            rings = shards.fail(
-                conn, self._database, assignment, self.device.name, failure, str(error), self._settings.lease_s
-            )
-        ring(self._app, rings)
+
+        def fail() -> list[Ring]:
+            with self._database.write() as conn:
+                return shards.fail(
+                    conn, self._database, assignment, self.device.name, failure, _text(error), self._settings.lease_s
+                )
+
+        ring(self._app, self._persist(f"say that {assignment.task_id} failed", fail))
         return f"failed ({failure.value})"
+
+    def _declined(self, assignment: Assignment, error: HostError) -> str:
+        log.warning("%s cannot be done here: %s", assignment.task_id, error)
+        self._unfit[assignment.job.id] = assignment
+
+        def decline() -> list[Ring]:
+            with self._database.write() as conn:
+                return shards.decline(
+                    conn, self._database, assignment, self.device.name, _text(error), self._settings.lease_s
+                )
+
+        ring(self._app, self._persist(f"decline {assignment.task_id}", decline))
+        return "declined"
 
     def _read_ahead(self, assignment: Assignment) -> None:
         try:
-            self._pipeline.read_ahead(self._plan(assignment))
+            self._begin(self._plan(assignment), assignment.job.spec)
         except FarmError as exc:  # its own attempt will say so when its bell rings
             log.info("cannot read ahead for %s: %s", assignment.task_id, exc)
 
@@ -241,9 +329,9 @@ class DeviceWorker:
             try:
                 key = (artifact.sha256, file.stat().st_mtime)
                 if key not in self._checked and artifacts.sha256_of(file) != artifact.sha256:
-                    raise JobError(f"{file} is not the artifact the job froze (sha256 {artifact.sha256[:12]})")
+                    raise HostError(f"{file} is not the artifact the job froze (sha256 {artifact.sha256[:12]})")
             except OSError as exc:
-                raise JobError(f"cannot read the artifact {file}: {exc.strerror}") from exc
+                raise HostError(f"cannot read the artifact {file}: {exc.strerror}") from exc
             self._checked.add(key)
         return Load(
             backend=artifact.backend,
@@ -255,23 +343,28 @@ class DeviceWorker:
         )
 
     def _manifest(self, spec: JobSpec) -> Manifest:
-        """The manifest a job froze; kept, for all shards of a job need it. `JobError` if it is another one now."""
+        """The manifest a job froze; kept, for all shards of a job need it. `HostError` if there is none, or another."""
         if spec.manifest_digest not in self._data:
             directory = manifest.bins_dir(self._settings.data_dir, spec.recipe, spec.dtype)
             try:
                 found = manifest.read(directory)
             except FarmError as exc:
-                raise JobError(str(exc)) from exc
+                raise HostError(str(exc)) from exc
             if found.digest != spec.manifest_digest:
-                raise JobError(
-                    f"{directory / manifest.FILE_NAME} changed since the job was submitted (digest "
-                    f"{found.digest[:12]}, the job froze {spec.manifest_digest[:12]}): submit a new job"
+                raise HostError(
+                    f"{directory / manifest.FILE_NAME} is not the one the job froze (digest {found.digest[:12]}, "
+                    f"expected {spec.manifest_digest[:12]}): copy that one here, or submit a new job"
                 )
             self._data = {found.digest: found}
         return self._data[spec.manifest_digest]
 
     def _beat(self) -> None:
-        """Say that we live, and drop what was taken from us. A newer incarnation means that we have to go."""
+        """
+        Say that we live, and drop what was taken from us. A newer incarnation means that we have to go.
+
+        What we should do and nobody rings for, with the broker away perhaps, is begun from here.
+        """
+        unheard: frozenset[int] = frozenset()
         while not self._stopping.wait(self._settings.heartbeat_s):
             under_way = self._pipeline.attempts()  # before the rows are read: younger ones may not be in them yet
             try:
@@ -284,6 +377,57 @@ class DeviceWorker:
                 log.error("%s was registered by another worker; leaving", self.device.name)
                 os._exit(1)
             self._pipeline.drop(under_way - live)
+            waiting = live if not self._busy.locked() else frozenset[int]()
+            if waiting and waiting == unheard:
+                threading.Thread(target=self.evaluate, args=(min(waiting),), daemon=True).start()
+            unheard = waiting
+
+    def _probe(self) -> None:
+        """See whether a device in quarantine is sound again, and whether this host has what it lacked."""
+        wait_s = 0.0
+        while not self._stopping.wait(wait_s):
+            wait_s = self._settings.probe_s
+            try:
+                self._look_for_what_lacked()
+                with self._database.read() as conn:
+                    me = devices.get(conn, self.device.name)
+                if me is not None and me.state is DeviceState.QUARANTINED and self._busy.acquire(blocking=False):
+                    try:
+                        self._ask_in_quarantine()
+                    finally:
+                        self._busy.release()
+                    wait_s *= 2 ** min(me.quarantines, 6)
+            except FarmError as exc:
+                log.warning("%s", exc)
+            except Exception:
+                log.exception("the probe failed; it goes on")
+
+    def _look_for_what_lacked(self) -> None:
+        for job_id, assignment in list(self._unfit.items()):
+            try:
+                self._plan(assignment)
+            except FarmError:
+                continue
+            with self._database.write() as conn:
+                jobs.fit_again(conn, self._database, job_id, self.device.host)
+            self._unfit.pop(job_id)
+
+    def _ask_in_quarantine(self) -> None:
+        """A canary of what the device worked on last: if it answers, and is not wrong, it takes work again."""
+        with self._database.read() as conn:
+            job = shards.last_job(conn, self.device.name)
+        if job is None:
+            return
+        self._pipeline.ask(self._load(job.spec), 0)
+        self._asked = job.spec
+        answer = self._answer()
+        if answer is None:
+            return
+        with self._database.write() as conn:
+            verdict = shards.answer(conn, self._database, self.device.name, self.incarnation, answer)
+            if verdict in (Verdict.AGREES, Verdict.UNVERIFIED):
+                text = f"it answered a canary ({verdict.value})"
+                devices.release(conn, self._database, self.device.name, devices.STRIKES - 1, text)
 
     def _registration(self) -> Registration:
         me = psutil.Process()
@@ -295,7 +439,8 @@ class DeviceWorker:
             backends=self.device.backends,
             pid=me.pid,
             pid_started=me.create_time(),
-            info={"cpu": cpu_model(), "versions": versions()},
+            kind=kind_of(self.device),
+            info={"cpu": cpu_model(), "versions": versions(), "machine": machine_id()},
         )
 
 
@@ -304,12 +449,18 @@ def _spare_cores(settings: Settings) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, len(discover(settings))))
 
 
+def _text(error: FarmError) -> str:
+    """A sentence that any database takes, whatever a driver put into it."""
+    return str(error).replace("\0", "").encode("utf-8", "replace").decode()
+
+
 def _kind(error: FarmError) -> Failure:
     kinds: Mapping[type[FarmError], Failure] = {
         DeviceCrashed: Failure.CRASH,
         DeviceHung: Failure.HANG,
         NonFinite: Failure.NON_FINITE,
         DataError: Failure.DATA,
+        HostError: Failure.HOST,
         JobError: Failure.JOB,
         InvariantBroken: Failure.JOB,
     }

@@ -6,6 +6,7 @@ import fcntl
 import os
 import platform
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TextIO
 
@@ -73,3 +74,16 @@ def cpu_model() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def kind_of(device: LocalDevice) -> str:
+    """Devices of one kind give the same bits: of CPUs those of one model, with one onnxruntime."""
+    return f"{device.soc} {cpu_model()} onnxruntime {version('onnxruntime')}"
+
+
+def machine_id() -> str | None:
+    """Tells this machine, since it was started, from all others; None where the kernel does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None

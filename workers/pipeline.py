@@ -21,11 +21,12 @@ from time import monotonic, perf_counter
 
 import numpy as np
 
-from farm import sharding
+from farm import canary, sharding
 from farm.data.manifest import Sample
 from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError
 from farm.jobs import Budget, ResultState, SampleResult, ShardResult
 from workers.backends.base import Load, Times
+from workers.canary import EVERY, Listener, samples
 from workers.device import DeviceProcess
 from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
@@ -62,6 +63,7 @@ class Plan:
     samples: Sequence[Sample]
     isolating: bool = False
     non_finite_before: bool = False
+    canary: int | None = None  #: which one this is, and no attempt
 
     @property
     def bs(self) -> int:
@@ -83,6 +85,7 @@ class _Run:
     failed: set[str] = field(default_factory=set)
     open_batches: int = 0
     unusable: int = 0  #: samples that never reached the device
+    unread: str = ""  #: why one of them did not, although it was prepared
     broke: dict[str, str] = field(default_factory=dict)  #: how samples broke the device, while isolating
     holding: list[_Batch] = field(default_factory=list)  #: batches of which the reducer holds outputs
     claimed: bool = False  #: somebody waits for it; else it is only read ahead
@@ -107,6 +110,7 @@ class _Run:
                 post_ms=self.post_ms,
                 load_ms=self.load_ms,
             ),
+            unread=self.unread,
         )
 
 
@@ -147,6 +151,9 @@ class Pipeline:
         self._free_out: list[Buffer] = []
         self._in_hand = 0  #: batches that a thread works on outside the lock
         self._recent_ms: deque[float] = deque(maxlen=32)
+        self._asked = 0  #: canaries
+        self._question: _Run | None = None  #: the last of them, until its answer is taken
+        self._since_canary: int | None = None  #: batches; None before the first of a loaded model
         self._closing = False
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
@@ -181,10 +188,55 @@ class Pipeline:
         with self._change:
             self._begin(plan)
 
+    def ask(self, load: Load, number: int) -> None:
+        """Have the device answer a canary after what it was given before; `answer` waits for it."""
+        with self._change:
+            self._asked += 1
+            plan = Plan(
+                attempt_id=-self._asked,
+                load=load,
+                dataset="",
+                directory=Path(),
+                samples=samples(load.input.shape[0]),
+                canary=number,
+            )
+            self._question = self._begin(plan)
+
+    def answer(self) -> tuple[int, Listener, float] | None:
+        """The number of the canary asked last, what the device said, and its ms; None if none was. Raises as `run`."""
+        with self._change:
+            question = self._question
+            if question is None:
+                return None
+            question.claimed = True
+        try:
+            question.ended.wait()
+        finally:
+            with self._change:
+                self._forget(question)
+        if question.error is not None:
+            raise question.error
+        assert isinstance(question.reducer, Listener)
+        return question.plan.canary or 0, question.reducer, sum(map(sum, question.batch_ms))
+
+    def canary_due(self, load: Load) -> int | None:
+        """Which canary this model should be asked: the first once it is loaded, others in turn as much is done."""
+        with self._change:
+            if self._question is not None:
+                return None
+            if load != self._load or self._since_canary is None:
+                return 0
+            return 1 + self._asked % (canary.COUNT - 1) if self._since_canary >= EVERY else None
+
+    def is_asked(self) -> bool:
+        """Whether an answer is still to be taken."""
+        with self._change:
+            return self._question is not None
+
     def attempts(self) -> frozenset[int]:
         """Those under way."""
         with self._change:
-            return frozenset(self._runs)
+            return frozenset(attempt_id for attempt_id in self._runs if attempt_id > 0)
 
     def drop(self, attempts: Collection[int]) -> None:
         """Stop working for attempts that may not write any more."""
@@ -214,7 +266,10 @@ class Pipeline:
     def _begin(self, plan: Plan) -> _Run:
         if plan.attempt_id in self._runs:
             return self._runs[plan.attempt_id]
-        reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
+        if plan.canary is None:
+            reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
+        else:
+            reducer = Listener(plan.load.path, plan.canary)
         run = self._runs[plan.attempt_id] = _Run(plan, reducer)
         if self._closing:
             self._fail(run, Aborted("the worker is leaving"))
@@ -250,8 +305,13 @@ class Pipeline:
         error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
         for run in list(self._runs.values()):
             if not run.claimed:  # it has not failed at anything: whoever claims it begins afresh
-                self._runs.pop(run.plan.attempt_id)
+                self._forget(run)
             self._fail(run, error)
+
+    def _forget(self, run: _Run) -> None:
+        self._runs.pop(run.plan.attempt_id, None)
+        if run is self._question:
+            self._question = None
 
     def _release(self, batch: _Batch) -> None:
         if batch.given is not None:
@@ -319,6 +379,9 @@ class Pipeline:
     def _fill(self, batch: _Batch) -> None:
         assert batch.given is not None
         array, run = batch.given.array, batch.run
+        if run.plan.canary is not None:
+            canary.fill(array, run.plan.canary)
+            return
         for place in range(len(array)):
             if place in batch.active:
                 slot = batch.slots[place]
@@ -329,6 +392,8 @@ class Pipeline:
                     except DataError as exc:
                         run.fail_sample(slot.sample, str(exc))
                         run.unusable += 1
+                        if not slot.sample.problem:
+                            run.unread = f"{slot.sample.name}: {exc}"
                 batch.active.remove(place)
             array[place] = 0
 
@@ -386,6 +451,10 @@ class Pipeline:
             batch = self._sent.popleft()
             device_ms = sum(times)
             self._recent_ms.append(device_ms)
+            if batch.run.plan.canary is not None:
+                self._since_canary = 0
+            elif self._since_canary is not None:
+                self._since_canary += 1
             batch.run.batch_ms.append(times)
             batch.run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
             self._done.append(batch)
@@ -406,6 +475,10 @@ class Pipeline:
             ring.close()
             with self._change:
                 self._fail(run, exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
+                question = self._question
+                if question is not None and not question.claimed and question.plan.load == run.plan.load:
+                    self._forget(question)
+                    self._fail(question, Aborted("its model does not load"))
             return
         with self._change:
             if self._ring is not None:
@@ -413,6 +486,7 @@ class Pipeline:
             self._ring, self._load = ring, run.plan.load
             self._free_in, self._free_out = list(ring.inputs), list(ring.outputs)
             self._recent_ms.clear()
+            self._since_canary = None
             run.load_ms += 1000 * (perf_counter() - began)
             self._change.notify_all()
 
@@ -444,6 +518,7 @@ class Pipeline:
             self.device.load(load, ring)
             with self._change:
                 self._recent_ms.clear()
+                self._since_canary = None
         except Exception as exc:
             with self._change:
                 self._load = None

@@ -52,9 +52,18 @@ class Child:
             self._process = None
             self._delay_s = FIRST_DELAY_S if now - self._started > STEADY_S else min(2 * self._delay_s, LONGEST_DELAY_S)
             self._next_start = now + self._delay_s
-            log.warning("%s ended (%s); next start in %.1f s", self.name, code, self._delay_s)
+            log.warning("%s ended (%s%s); next start in %.1f s", self.name, code, self._last_words(), self._delay_s)
         if now >= self._next_start:
             self._start(now)
+
+    def _last_words(self) -> str:
+        """What a child says that ends at once, for it will say so again."""
+        if monotonic() - self._started > STEADY_S:
+            return ""
+        with suppress(OSError, IndexError), self.log_file.open("rb") as file:
+            file.seek(max(0, self.log_file.stat().st_size - 1000))
+            return f": {file.read().decode(errors='replace').splitlines()[-1]}"
+        return ""
 
     def terminate(self) -> None:
         if self._process is not None:

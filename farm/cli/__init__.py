@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import data, database, demo, devices, export, jobs, local, models, results
+from farm.cli import cluster, data, database, demo, devices, events, export, flower, jobs, local, models, results
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -34,19 +34,25 @@ for command in (
     export.export,
     jobs.submit,
     jobs.wait,
+    jobs.retry,
+    jobs.resume,
     jobs.jobs,
     jobs.status,
     jobs.report,
     results.show,
     results.rescore,
     jobs.cancel,
-    devices.devices,
+    events.events,
     devices.doctor,
     local.up,
     local.down,
+    cluster.worker,
+    cluster.coordinator,
+    flower.flower,
     demo.demo,
 ):
     app.command(command.__name__.rstrip("_"))(command)
+app.add_typer(devices.app, name="devices")
 app.add_typer(database.app, name="db")
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from datetime import datetime
+
 from farm.errors import UsageError
+
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def batch_sizes(text: str) -> list[int]:
@@ -19,3 +24,15 @@ def batch_sizes(text: str) -> list[int]:
 def names(text: str | None) -> tuple[str, ...]:
     """``host:0,host:1`` as a tuple; empty when not given."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()
+
+
+def since(text: str, now: float) -> float:
+    """``90s``, ``5m``, ``2h`` or ``1d`` ago, or a time such as ``2026-11-20T10:00``, as seconds since the epoch."""
+    ago = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
+    try:
+        at = now - float(ago[1]) * _SECONDS[ago[2]] if ago else datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError, OSError) as exc:
+        raise UsageError(f"--since {text}: expected how long ago (90s, 5m, 2h, 1d) or when (2026-11-20T10:00)") from exc
+    if at > now:
+        raise UsageError(f"--since {text} is in the future")
+    return at

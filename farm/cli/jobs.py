@@ -1,9 +1,12 @@
-"""farm submit, wait, jobs, status, report, cancel: a job from its user's side."""
+"""farm submit, wait, retry, resume, jobs, status, report, cancel: a job from its user's side."""
 
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,7 +14,10 @@ import typer
 from farm.cli.arguments import batch_sizes, names
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
+    from sqlalchemy import Connection
 
     from db.engine import Database
     from farm.settings import Settings
@@ -19,9 +25,12 @@ if TYPE_CHECKING:
 
 JobId = Annotated[int, typer.Argument(help="The number farm submit printed.", min=1)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end and print the report.")]
 
 #: Exit codes: nothing wrong, a job failed or was cancelled, samples failed.
 DONE, FAILED, WITH_ERRORS, DETACHED = 0, 1, 3, 130
+#: Between pictures of farm status --watch.
+REDRAW_S = 0.5
 
 
 def submit(
@@ -34,7 +43,8 @@ def submit(
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
     allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 with up to N failed samples.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job would be and what is missing.")] = False,
-    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end and print the report.")] = True,
+    priority: Annotated[int, typer.Option(help="Higher goes first; equals share the devices.")] = 0,
+    wait: Wait = True,
     as_json: Json = False,
 ) -> None:
     """Evaluate a model on all devices that match, and print the report."""
@@ -51,6 +61,7 @@ def submit(
         "artifact": artifact,
         "backend": backend,
         "head": head,
+        "priority": priority,
         "allow_failed": allow_failed,
     }
     if dry_run or not wait:
@@ -84,20 +95,63 @@ def wait(job: JobId, as_json: Json = False) -> None:
     raise typer.Exit(code)
 
 
+def retry(job: JobId, wait: Wait = True, as_json: Json = False) -> None:
+    """Evaluate the failed samples of a finished job again, with all of their shards."""
+    from db import reopen
+
+    _again(job, reopen.retry, "no failed samples", wait=wait, as_json=as_json)
+
+
+def resume(job: JobId, wait: Wait = True, as_json: Json = False) -> None:
+    """Go on with a job that failed or was cancelled; an interrupted one needs no more than a farm."""
+    from db import reopen
+
+    _again(job, reopen.resume, "nothing to go on with", wait=wait, as_json=as_json)
+
+
+def _again(
+    job: int, verb: Callable[[Connection, Database, int], int], nothing: str, *, wait: bool, as_json: bool
+) -> None:
+    """Reopen shards of a job, then wait for its end as submit does."""
+    from farm.settings import load_settings
+    from tasks import local
+
+    settings = load_settings()
+    database = _open(settings)
+    with database.write() as conn:
+        shards = verb(conn, database, job)
+    if not shards:
+        print(f"job {job} has {nothing}", file=sys.stderr)
+    if _job(database, job).state.is_final:
+        raise typer.Exit(_report_all(database, [job], as_json))
+    if not wait:
+        _wake(settings, database)
+        _show_submitted([job], settings, as_json, f"{shards} shards are open again")
+        return
+    with local.joined(settings) as keep_farm:
+        _wake(settings, database)
+        code = _wait_and_report(settings, database, [job], keep_farm, as_json)
+    raise typer.Exit(code)
+
+
 def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: Json = False) -> None:
     """List the newest jobs."""
     from rich.table import Table
 
     from db import jobs as stored
+    from db import overview
     from farm.settings import load_settings
 
     database = _open(load_settings())
     with database.read() as conn:
-        found = [stored.progress(conn, job.id) for job in stored.recent(conn, limit)]
+        found = overview.progress(conn, stored.recent(conn, limit))
     if as_json:
         _print_json([_progress_json(progress) for progress in found])
         return
-    table = Table("job", "model", "bs", "backend", "state", "samples", "failed", "submitted", box=None)
+    ranked = any(p.job.spec.priority for p in found)
+    table = Table("job", "model", "bs", "backend", *(["prio"] if ranked else []), "state", box=None, pad_edge=False)
+    for title in ("samples", "failed", "submitted"):
+        table.add_column(title, no_wrap=True)
     for p in found:
         spec = p.job.spec
         table.add_row(
@@ -105,28 +159,90 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: Json = False)
             spec.model,
             str(spec.bs),
             spec.artifact.backend,
+            *([str(spec.priority)] if ranked else []),
             p.job.state.value,
             f"{p.finished_samples}/{spec.samples}",
             str(p.failed_samples),
-            datetime.fromtimestamp(p.job.created).strftime("%Y-%m-%d %H:%M:%S"),
+            datetime.fromtimestamp(p.job.created).strftime("%Y-%m-%d %H:%M"),
         )
     _console(stderr=False).print(table if found else "no jobs yet: farm submit MODEL --bs N")
 
 
-def status(job: JobId, as_json: Json = False) -> None:
-    """Show how far a job is, what broke on the way, and which devices are there."""
+def status(
+    job: Annotated[
+        int | None, typer.Argument(help="The number farm submit printed; else all active jobs.", min=1)
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Go on showing it, until the job ends or Ctrl-C.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how far jobs are, what broke on the way, and which devices are there."""
+    from farm.errors import UsageError
     from farm.reports import status as reports
+    from farm.reports.watch import render
     from farm.settings import load_settings
-    from tasks import local
 
+    if watch and as_json:
+        raise UsageError("--watch is for people, --json for machines: choose one")
     settings = load_settings()
-    found = reports.build(_open(settings), settings, job)
+    database = _open(settings)
+    console = _console(stderr=False)
+    if watch and console.is_terminal:
+        _watch(settings, database, job, console)
+        return
+    found = reports.build_all(database, settings) if job is None else reports.build(database, settings, job)
     if as_json:
         _print_json(found)
-        return
-    reports.show(found, _console(stderr=False))
-    if found["state"] in ("pending", "running") and settings.is_embedded and not local.is_up(settings):
-        print(f"no farm is up: farm wait {job} or farm up goes on with it")
+    elif job is None:
+        console.print(render(found, height=1000))
+    else:
+        reports.show(found, console)
+    _say_no_farm(settings, found)
+
+
+def _watch(settings: Settings, database: Database, job: int | None, console: Console) -> None:
+    """Redraw until Ctrl-C, or until the job has ended; what was shown last stays."""
+    from time import sleep
+
+    from rich.console import Group
+    from rich.live import Live
+    from rich.text import Text
+
+    from farm.cli.progress import Patience
+    from farm.reports import status as reports
+    from farm.reports.watch import render
+
+    def look() -> dict[str, Any]:
+        if job is None:
+            return reports.build_all(database, settings)
+        return reports.build(database, settings, job, limit=reports.LISTED)
+
+    def say(said: str) -> None:
+        note = Text(said, style="bold red", no_wrap=True, overflow="ellipsis")
+        live.update(Group(note, render(found, console.height - 2)), refresh=True)
+
+    with suppress(KeyboardInterrupt):
+        found, patient = look(), Patience(say)
+        try:
+            with Live(console=console, screen=True, auto_refresh=False) as live:
+                while True:
+                    live.update(render(found, console.height - 1), refresh=True)
+                    if found.get("state", "running") not in ("pending", "running"):
+                        break
+                    sleep(REDRAW_S)
+                    found = patient(look)
+        finally:
+            console.print(render(found, console.height - 1))
+
+
+def _say_no_farm(settings: Settings, found: dict[str, Any]) -> None:
+    """Where nothing goes on because no farm is up."""
+    from tasks import local
+
+    open_jobs = [line["job"] for line in found.get("jobs", [found]) if line["state"] in ("pending", "running")]
+    if open_jobs and settings.is_embedded and not local.is_up(settings):
+        print(f"no farm is up: farm wait {open_jobs[0]} or farm up goes on with it", file=sys.stderr)
 
 
 def report(
@@ -173,15 +289,21 @@ def _plans(settings: Settings, database: Database, sizes: list[int], **wanted: A
 
 def _create(settings: Settings, database: Database, plans: list[Plan]) -> list[int]:
     """Write the jobs, then ring for them; without a farm the rows wait for one."""
-    from tasks import dispatch, local
     from tasks.submission import submit as write
 
     job_ids = [write(database, planned).id for planned in plans]
+    _wake(settings, database)
+    return job_ids
+
+
+def _wake(settings: Settings, database: Database) -> None:
+    """Have devices take up what is open now, not at the next tick."""
+    from tasks import dispatch, local
+
     if settings.is_embedded:
         local.nudge(settings)
     else:
         dispatch.assign_and_ring(settings, database)
-    return job_ids
 
 
 def _show_plans(plans: list[Plan], as_json: bool) -> None:
@@ -203,23 +325,27 @@ def _extent(plan: Plan) -> str:
     return f"{spec.samples} images of {spec.windows} windows" if spec.windows else f"{spec.samples} samples"
 
 
-def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool) -> None:
+def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool, what: str = "submitted") -> None:
     from tasks import local
 
     if as_json:
         _print_json({"jobs": job_ids})
         return
     hint = "" if not settings.is_embedded or local.is_up(settings) else " No farm is up: farm up, or farm wait JOB."
-    print(f"submitted: job {', '.join(map(str, job_ids))}.{hint}")
+    print(f"{what}: job {', '.join(map(str, job_ids))}.{hint}")
 
 
 def _wait_and_report(settings: Settings, database: Database, job_ids: list[int], keep_farm: Any, as_json: bool) -> int:
-    from farm.cli.progress import follow
+    from farm.cli.progress import Patience, follow, ticking
+    from farm.reports.report import build
 
     console = _console(stderr=True)
     try:
-        for job_id in job_ids:
-            follow(settings, database, job_id, keep_farm, console)
+        with ticking(settings, console):
+            for job_id in job_ids:
+                follow(settings, database, job_id, keep_farm, console)
+        patient = Patience(partial(console.print, markup=False, highlight=False))
+        reports = patient(lambda: [build(database, job_id) for job_id in job_ids])
     except KeyboardInterrupt:
         listing = ", ".join(map(str, job_ids))
         console.print(
@@ -227,15 +353,20 @@ def _wait_and_report(settings: Settings, database: Database, job_ids: list[int],
             highlight=False,
         )
         return DETACHED
-    return _report_all(database, job_ids, as_json)
+    return _show_reports(reports, as_json)
 
 
 def _report_all(database: Database, job_ids: list[int], as_json: bool, *, classes: bool = False) -> int:
-    from farm.errors import UsageError
     from farm.reports.report import build
+
+    return _show_reports([build(database, job_id) for job_id in job_ids], as_json, classes=classes)
+
+
+def _show_reports(reports: list[dict[str, Any]], as_json: bool, *, classes: bool = False) -> int:
+    """Print them; the answer is the exit code they come to."""
+    from farm.errors import UsageError
     from farm.reports.terminal import per_class, show
 
-    reports = [build(database, job_id) for job_id in job_ids]
     if classes and not all(each["windows"] for each in reports):
         raise UsageError("--per-class is for segmentation: this job's metric has no figures by class")
     if as_json:
@@ -275,6 +406,7 @@ def _progress_json(progress: Any) -> dict[str, Any]:
         "model": spec.model,
         "bs": spec.bs,
         "backend": spec.artifact.backend,
+        "priority": spec.priority,
         "samples": {"total": spec.samples, "finished": progress.finished_samples, "failed": progress.failed_samples},
         "created": progress.job.created,
         "finished": progress.job.finished,

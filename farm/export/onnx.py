@@ -25,7 +25,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from farm import artifacts, nets
+from farm import artifacts, canary, nets
 from farm.artifacts import Artifact, TensorInfo
 from farm.data import disk
 from farm.data.recipes import RECIPES, normalisation
@@ -155,7 +155,7 @@ def _export_each(
             max_abs_diff=_verified(net, graph, form, bs),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip
-        _store(path, graph, artifact)
+        _store(path, graph, artifact, _answers(graph, form, bs))
         yield Exported(artifact=artifact, path=path, reused=False)
 
 
@@ -257,6 +257,16 @@ def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
     return difference
 
 
+def _answers(graph: bytes, form: Form, bs: int) -> npt.NDArray[np.float32]:
+    """What onnxruntime makes of the canaries, [canary.COUNT, ...]."""
+    answers = []
+    for number in range(0, canary.COUNT, min(bs, canary.COUNT)):
+        given = np.empty((bs, *form.input.shape), form.dtype)
+        canary.fill(given, number)
+        answers.append(_scores(graph, form, torch.from_numpy(given))[: canary.COUNT])
+    return np.concatenate(answers)[: canary.COUNT]
+
+
 @contextmanager
 def _running(spec: ModelSpec) -> Iterator[None]:
     """What PyTorch cannot run with the weights that were loaded, e.g. tables that point beyond the image."""
@@ -298,7 +308,7 @@ def _scores(graph: bytes, form: Form, images: Tensor) -> npt.NDArray[np.float32]
     return np.asarray(scores, dtype=np.float32)
 
 
-def _store(path: Path, graph: bytes, artifact: Artifact) -> None:
+def _store(path: Path, graph: bytes, artifact: Artifact, answers: npt.NDArray[np.float32]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -308,6 +318,7 @@ def _store(path: Path, graph: bytes, artifact: Artifact) -> None:
             disk.replace(path, graph, partial=partial, durable=True)
         finally:
             partial.unlink(missing_ok=True)
+        canary.write_reference(path, answers)
         artifacts.write_sidecar(path.parent, artifact)
 
 

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from db.engine import open_database
+from db import jobs
+from db.engine import Database, open_database
 from farm import artifacts, zoo
 from farm.data import manifest
 from farm.errors import FarmError
+from farm.reports.status import ago, device_lines
 from farm.settings import Settings, make_home
 from farm.versions import versions
 from tasks import local
 from workers import broker
 from workers.devices import discover
+
+#: A clock that is off by more is worth a word.
+CLOCK_S = 2.0
+#: A broker gets so long to answer.
+BROKER_S = 5.0
+
+
+class _Wrong(FarmError):
+    """What a check found to be wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +48,72 @@ def examine(settings: Settings) -> list[Finding]:
     checks: list[tuple[str, Callable[[], str]]] = [
         ("versions", lambda: ", ".join(f"{name} {version}" for name, version in versions().items())),
         ("home", lambda: _home(settings)),
-        ("database", lambda: f"{open_database(settings)}, schema up to date"),
         ("broker", lambda: _broker(settings)),
         ("farm", lambda: _farm(settings)),
         ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in discover(settings))),
         ("export", _export),
     ]
     findings = [_look(what, check) for what, check in checks]
-    return [*findings, *_data(settings)]
+    return [*findings, *_stored(settings), *_data(settings)]
+
+
+def _stored(settings: Settings) -> Iterator[Finding]:
+    """The database, and what it says of this host and the others."""
+    try:
+        database = open_database(settings)
+    except (FarmError, OSError) as exc:
+        yield Finding(what="database", ok=False, text=str(exc))
+        return
+    yield _look("database", lambda: _database(database, settings))
+    yield _look("clock", lambda: _clock(database, settings))
+    yield _look("hosts", lambda: _hosts(database, settings))
+    yield _look("jobs", lambda: _unfit(database, settings))
+    database.close()
+
+
+def _database(database: Database, settings: Settings) -> str:
+    if database.is_sqlite and not settings.is_embedded:
+        raise _Wrong(
+            f"FARM_BROKER_URL is set, but the database is SQLite ({database}), which other hosts cannot use: "
+            "set FARM_DATABASE_URL to a Postgres (postgresql+psycopg://...)"
+        )
+    return f"{'SQLite' if database.is_sqlite else 'Postgres'} answers, {database}, schema up to date"
+
+
+def _clock(database: Database, settings: Settings) -> str:
+    """The server's clock is what leases are measured with; this host's is what its logs say."""
+    if database.is_sqlite:
+        return "this host's own"
+    with database.read() as conn:
+        database.now(conn)  # the first question may have to wait for the connection
+        asked = time.time()
+        theirs = database.now(conn)
+        ours = (asked + time.time()) / 2 + settings.clock_offset_s
+    off = ours - theirs
+    said = f"{abs(off):.1f} s {'ahead of' if off > 0 else 'behind'} the database's"
+    if abs(off) > CLOCK_S:
+        raise _Wrong(f"this host's is {said}: no lease suffers, but its logs mislead; set it by NTP")
+    return said
+
+
+def _hosts(database: Database, settings: Settings) -> str:
+    lines = device_lines(database, settings)
+    others = [line for line in lines if line["host"] != settings.host_name]
+    lost = [f"{line['device']} ({ago(line['heard_s_ago'])})" for line in others if line["state"] == "lost"]
+    if lost:
+        raise _Wrong(
+            f"not heard of, though they have not left: {', '.join(lost)}. Look at farm worker there; "
+            "farm devices drain HOST says that a host will not come back"
+        )
+    return f"{len(others)} devices of {len({line['host'] for line in others})} other hosts, none lost"
+
+
+def _unfit(database: Database, settings: Settings) -> str:
+    with database.read() as conn:
+        mine = [each for each in jobs.unfit_hosts(conn) if each.host == settings.host_name]
+    if mine:
+        raise _Wrong("this host is skipped for " + "; ".join(f"job {each.job_id}: {each.reason}" for each in mine))
+    return "this host is skipped for none"
 
 
 def _look(what: str, check: Callable[[], str]) -> Finding:
@@ -62,7 +132,18 @@ def _home(settings: Settings) -> str:
 def _broker(settings: Settings) -> str:
     if settings.is_embedded:
         return f"embedded, {broker.server_binary()}"
-    return "configured in FARM_BROKER_URL"
+    from kombu.exceptions import OperationalError
+
+    from tasks.app import make_app
+
+    with make_app(settings.broker_url).connection_for_write(connect_timeout=BROKER_S) as connection:
+        shown = connection.as_uri()  # without its password
+        try:
+            connection.ensure_connection(max_retries=1, timeout=BROKER_S)
+            connection.default_channel.client.ping()
+        except (OperationalError, *connection.connection_errors, *connection.channel_errors) as exc:
+            raise _Wrong(f"{shown} in FARM_BROKER_URL does not answer: {exc}") from exc
+    return f"{shown} answers"
 
 
 def _farm(settings: Settings) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from db import jobs, results
+from db import jobs, overview, results
 from db.engine import Database
+from db.overview import Canaries
 from db.results import AttemptTimes
 from farm import zoo
 from farm.data.ade20k_classes import NAMES
 from farm.digest import answers_digest
-from farm.jobs import JobState, ResultState
+from farm.jobs import JobState, ResultState, Verdict
 from farm.metrics import miou, topk
 
 SCHEMA = 1
@@ -30,12 +31,15 @@ def build(database: Database, job_id: int) -> Report:
         times = results.attempt_times(conn, job_id)
         spent = results.spent(conn, job_id)
         attempts = results.attempts_by_state(conn, job_id)
+        lost = overview.lost(conn, job_id)
+        quarantined = overview.quarantined(conn, job_id)
+        canaries = overview.canaries(conn, job)
         areas = results.areas(conn, job_id) if job.spec.windows else None
     spec = job.spec
     scored = [row for row in rows if row.state is ResultState.SCORED]
     failed = [row for row in rows if row.state is ResultState.FAILED]
     wall_s = _covered(spent)
-    devices = _devices(times, spec.bs, wall_s)
+    devices = _devices(times, spec.bs, wall_s, canaries)
     complete = job.state in (JobState.DONE, JobState.DONE_WITH_ERRORS)
     reference = zoo.get(spec.model)
     return {
@@ -59,7 +63,10 @@ def build(database: Database, job_id: int) -> Report:
         "wall_s": wall_s,
         "busy": float(np.mean([d["busy"] for d in devices])) if devices else None,
         "devices": devices,
+        "quarantined": [{"device": device, "reason": reason} for device, reason in quarantined],
+        "canaries": _canary_cost(times, canaries),
         "attempts": attempts,
+        "lost": lost,
         "budget_ms": _budget(times),
         "digest": answers_digest((row.name, row.answer) for row in rows) if complete else None,
         "reference": {
@@ -109,14 +116,15 @@ def _device_fps(times: Iterable[AttemptTimes], bs: int) -> float | None:
     return float(1000.0 * bs / np.mean(compute)) if compute else None
 
 
-def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float) -> list[Report]:
+def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float, canaries: Mapping[str, Canaries]) -> list[Report]:
     lines = []
-    for name in sorted({t.device for t in times}):
+    for name in sorted({t.device for t in times}, key=_by_host_and_index):
         own = [t for t in times if t.device == name]
         batches = np.concatenate([t.batch_ms for t in own])
         lines.append(
             {
                 "device": name,
+                "verified": _verified(canaries.get(name), max(t.ended for t in own)),
                 "samples": sum(t.samples for t in own),
                 "batches": len(batches),
                 "fps": _device_fps(own, bs),
@@ -125,6 +133,31 @@ def _devices(times: Sequence[AttemptTimes], bs: int, wall_s: float) -> list[Repo
             }
         )
     return lines
+
+
+def _by_host_and_index(device: str) -> tuple[str, int]:
+    host, index = device.rsplit(":", 1)
+    return host, int(index)
+
+
+def _verified(canaries: Canaries | None, until: float) -> bool | None:
+    """
+    Whether a device's answers to canaries are those of its kind, asked when it had done all that counts, or later.
+
+    None where there was nothing to compare them with, or it was not asked any more.
+    """
+    after = [verdict for at, verdict in canaries.verdicts if at >= until] if canaries else []
+    if Verdict.AGREES in after:
+        return True
+    return False if {Verdict.DISAGREES, Verdict.DISPUTED}.intersection(after) else None
+
+
+def _canary_cost(times: Iterable[AttemptTimes], canaries: Mapping[str, Canaries]) -> dict[str, float | None]:
+    """What the canaries took while the job ran, and as a share of the devices' time."""
+    ms = sum(each.ms for each in canaries.values())
+    device_ms = ms + float(sum(t.batch_ms.sum() for t in times))
+    batches = sum(each.batches for each in canaries.values())
+    return {"batches": batches, "ms": round(ms, 3), "share": ms / device_ms if device_ms else None}
 
 
 def _mean_ms(batches: NDArray[np.float32]) -> dict[str, float | None]:

@@ -24,6 +24,7 @@ def show(report: Report, console: Console) -> None:
     if report["devices"]:
         console.print(_devices(report))
     _failures(report, console)
+    _canaries(report, console)
     provenance = report["provenance"]
     made_by = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
     for line in (
@@ -97,7 +98,7 @@ def _rounded(percent: float | None) -> str:
 
 def _devices(report: Report) -> Table:
     table = Table("device", box=None, pad_edge=False)
-    for title in ("samples", "batches", "device fps", "busy", "compute ms", "p99"):
+    for title in ("samples", "batches", "device fps", "busy", "compute ms", "p99", "verified"):
         table.add_column(title, justify="right")
     for line in report["devices"]:
         table.add_row(
@@ -108,6 +109,7 @@ def _devices(report: Report) -> Table:
             f"{100 * line['busy']:.1f} %",
             _number(line["compute_ms"]),
             _number(line["compute_p99_ms"]),
+            {True: "yes", False: "NO", None: "-"}[line["verified"]],
         )
     return table
 
@@ -117,11 +119,30 @@ def _failures(report: Report, console: Console) -> None:
     if lost:
         listing = ", ".join(f"{count} {kind}" for kind, count in sorted(lost.items()))
         console.print(f"attempts whose work did not count: {listing}", highlight=False)
+    for reason, count in report["lost"].items():
+        console.print(f"lost  {count} for: {reason}", markup=False, highlight=False, soft_wrap=True)
+    for each in report["quarantined"]:
+        said = f"quarantined  {each['device']}: {each['reason']}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     failed = report["failed"]
     for sample in failed[:NAMED]:
         console.print(f"failed  {sample['name']}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)
     if len(failed) > NAMED:
         console.print(f"failed  and {len(failed) - NAMED} more: farm report {report['job']} --json", highlight=False)
+
+
+def _canaries(report: Report, console: Console) -> None:
+    cost = report["canaries"]
+    if cost["batches"]:
+        share = f"{100 * cost['share']:.2f} % of the devices' time"
+        console.print(f"canaries  {cost['batches']} batches, {cost['ms']:.1f} ms, {share}", highlight=False)
+    if wrong := [line["device"] for line in report["devices"] if line["verified"] is False]:
+        console.print(
+            f"[bold red]NOT VERIFIED[/]: {', '.join(wrong)} gave canaries other answers than its kind: "
+            "farm devices distrust DEVICE --since TIME computes again what it did",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _number(value: float | None) -> str:

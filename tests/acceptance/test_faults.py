@@ -80,7 +80,8 @@ def test_the_scored_samples_of_a_shard_with_a_culprit_keep_their_digits(faulty: 
 
 
 def test_a_device_that_fails_everything_is_quarantined_and_worked_around(faulty: Farm) -> None:
-    simulate(faulty, {"kind": "error", "device": "localhost:1"})
+    longer = {"kind": "slow", "device": "localhost:0"}  # the job lasts until the other one has failed three times
+    simulate(faulty, {"kind": "error", "device": "localhost:1"}, longer)
     report = submit(faulty)
     assert report["state"] == "done"
     assert [line["device"] for line in report["devices"]] == ["localhost:0"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 from contextlib import suppress
 from pathlib import Path
@@ -101,9 +102,17 @@ def _grown_up(pids: list[int]) -> list[int]:
     return grown_up
 
 
+def _registered(farm: Farm) -> set[int]:
+    try:
+        return {pid for (pid,) in farm.sql("SELECT pid FROM device")}
+    except sqlite3.Error:  # no table yet
+        return set()
+
+
 def _kill_one(farm: Farm, victim: str, command: subprocess.Popen[str]) -> None:
     def found() -> list[int]:
         assert command.poll() is None, "the job ended too soon for this machine"
-        return _grown_up(farm.pids(victim))
+        grown_up = _grown_up(farm.pids(victim))
+        return [pid for pid in grown_up if pid in _registered(farm)] if "tasks.worker" in victim else grown_up
 
     os.kill(wait_for(found, 60, f"{victim} runs: {farm.logs()}")[0], signal.SIGKILL)

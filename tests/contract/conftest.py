@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import Row, insert, select, update
 
-from db import devices, jobs, results, shards, tables
+from db import devices, jobs, reopen, results, shards, tables
 from db.devices import Registration
 from db.engine import Database
 from db.shards import Ring, Started
@@ -20,6 +20,7 @@ from farm.jobs import (
     Assignment,
     AttemptState,
     Budget,
+    Canary,
     DeviceState,
     Failure,
     Job,
@@ -29,23 +30,25 @@ from farm.jobs import (
     SampleResult,
     ShardResult,
     ShardState,
+    Verdict,
 )
 from farm.sharding import cut, edges
 
 LEASE_S = 30.0
 
 
-def _sqlite(tmp_path: Path) -> Database:
-    return Database(f"sqlite:///{tmp_path / 'farm.db'}")
+#: The stores that keep the contract, each with the fixture that has the URL of an empty one.
+STORES = {"sqlite": "sqlite_url", "postgres": "postgres_url"}
 
 
-#: The stores that keep the contract, each with what opens an empty one.
-STORES: Mapping[str, Callable[[Path], Database]] = {"sqlite": _sqlite}
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'farm.db'}"
 
 
 @pytest.fixture(params=STORES)
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    database = STORES[request.param](tmp_path)
+def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    database = Database(request.getfixturevalue(STORES[request.param]))
     database.ensure_schema()
     yield database
     database.close()
@@ -83,6 +86,10 @@ def result_of(samples: Sequence[SampleResult]) -> ShardResult:
     return ShardResult(samples=samples, batch_ms=[(0.5, 10.0, 0.25)], budget=Budget(device_ms=10.75, read_ms=2.0))
 
 
+def canary_of(digest: str, *, number: int = 0, artifact: str = "a", far: float | None = None) -> Canary:
+    return Canary(artifact_sha256=artifact, number=number, digest=digest, max_abs_diff=far, tolerance=1e-3, ms=10.0)
+
+
 class Fleet:
     """What a test says of the database, in one line each. `later` moves the one clock."""
 
@@ -98,6 +105,7 @@ class Fleet:
         bs: int = 1,
         backend: str = "simulated",
         only: tuple[str, ...] = (),
+        priority: int = 0,
         shards: Sequence[tuple[int, int]] | None = None,
     ) -> Job:
         """A job of as many shards as batches, unless it says which."""
@@ -112,6 +120,7 @@ class Fleet:
             manifest_digest="0" * 64,
             samples=samples,
             devices=only,
+            priority=priority,
             provenance={},
         )
         with self.database.write() as conn:
@@ -119,13 +128,28 @@ class Fleet:
                 conn, self.database, spec, shards or cut(edges([1] * samples, bs), per_shard=1, devices=1)
             )
 
-    def worker(self, index: int = 0, *, backends: tuple[str, ...] = ("simulated",)) -> Worker:
+    def worker(
+        self,
+        index: int = 0,
+        *,
+        host: str = "h",
+        backends: tuple[str, ...] = ("simulated",),
+        machine: str | None = None,
+    ) -> Worker:
         """The start of a device's worker: a new incarnation."""
         registration = Registration(
-            name=f"h:{index}", host="h", index=index, soc="cpu", backends=backends, pid=4242, pid_started=1.0, info={}
+            name=f"{host}:{index}",
+            host=host,
+            index=index,
+            soc="cpu",
+            backends=backends,
+            pid=4242,
+            pid_started=1.0,
+            kind="cpu",
+            info={"machine": machine},
         )
         with self.database.write() as conn:
-            return Worker(self, registration.name, devices.register(conn, self.database, registration))
+            return Worker(self, registration.name, devices.register(conn, self.database, registration, LEASE_S))
 
     def later(self, seconds: float) -> None:
         self.database.clock_offset_s += seconds
@@ -187,6 +211,34 @@ class Fleet:
         with self.database.write() as conn:
             return shards.rescue(conn, self.database, LEASE_S)
 
+    def speculate(self) -> list[Ring]:
+        with self.database.write() as conn:
+            return shards.speculate(conn, self.database, LEASE_S)
+
+    def drain(self, *workers: Worker) -> None:
+        with self.database.write() as conn:
+            shards.drain(conn, self.database, [worker.name for worker in workers])
+
+    def undrain(self, *workers: Worker) -> None:
+        with self.database.write() as conn:
+            devices.set_drained(conn, self.database, [worker.name for worker in workers], drained=False)
+
+    def retry(self, job: Job) -> int:
+        with self.database.write() as conn:
+            return reopen.retry(conn, self.database, job.id)
+
+    def resume(self, job: Job) -> int:
+        with self.database.write() as conn:
+            return reopen.resume(conn, self.database, job.id)
+
+    def distrust(self, worker: Worker, since: float) -> reopen.Reopened:
+        with self.database.write() as conn:
+            return reopen.distrust(conn, self.database, worker.name, since, "its user says so")
+
+    def now(self) -> float:
+        with self.database.read() as conn:
+            return self.database.now(conn)
+
     def cancel(self, job: Job) -> bool:
         with self.database.write() as conn:
             return jobs.cancel(conn, self.database, job.id)
@@ -211,7 +263,7 @@ class Fleet:
 
     def has_room(self) -> bool:
         with self.database.read() as conn:
-            return shards.has_room(conn, self.database, LEASE_S)
+            return bool(shards.with_room(conn, self.database, LEASE_S))
 
     def state_of(self, job: Job) -> JobState:
         return self.again(job).state
@@ -270,9 +322,9 @@ class Worker:
     def database(self) -> Database:
         return self.fleet.database
 
-    def start(self, attempt_id: int) -> Started | None:
+    def start(self, attempt_id: int, *, again: bool = False) -> Started | None:
         with self.database.write() as conn:
-            return shards.start(conn, self.database, attempt_id, self.name, self.incarnation)
+            return shards.start(conn, self.database, attempt_id, self.name, self.incarnation, again=again)
 
     def take(self) -> Assignment:
         """Fill this device's window and start what comes first."""
@@ -282,16 +334,21 @@ class Worker:
 
     def try_to_take(self) -> Assignment | None:
         with self.database.write() as conn:
-            shards.assign(conn, self.database, LEASE_S, only=self.name)
+            shards.assign(conn, self.database, LEASE_S, only=[self.name])
             a = tables.attempt.c
             mine = (a.device == self.name, a.incarnation == self.incarnation, a.state == AttemptState.ASSIGNED.value)
             first = conn.scalar(select(a.id).where(*mine).order_by(a.id).limit(1))
             started = first and shards.start(conn, self.database, first, self.name, self.incarnation)
         return started.assignment if started else None
 
-    def complete(self, assignment: Assignment, samples: Sequence[SampleResult] | None = None) -> list[Ring] | None:
-        rows = samples_of(assignment) if samples is None else samples
-        return shards.complete(self.database, assignment, self.name, self.incarnation, result_of(rows), LEASE_S)
+    def complete(
+        self,
+        assignment: Assignment,
+        samples: Sequence[SampleResult] | None = None,
+        canary: Canary | None = None,
+    ) -> list[Ring] | None:
+        result = replace(result_of(samples_of(assignment) if samples is None else samples), canary=canary)
+        return shards.complete(self.database, assignment, self.name, self.incarnation, result, LEASE_S)
 
     def finish(self) -> int:
         """Complete whatever there is for this device; the answer is how many shards that were."""
@@ -304,6 +361,16 @@ class Worker:
     def fail(self, assignment: Assignment, failure: Failure = Failure.DEVICE, reason: str = "broke") -> list[Ring]:
         with self.database.write() as conn:
             return shards.fail(conn, self.database, assignment, self.name, failure, reason, LEASE_S)
+
+    def decline(self, assignment: Assignment, reason: str = "no bins") -> list[Ring]:
+        with self.database.write() as conn:
+            return shards.decline(conn, self.database, assignment, self.name, reason, LEASE_S)
+
+    def answer(self, digest: str, *, number: int = 0, artifact: str = "a", far: float | None = None) -> Verdict:
+        """Say something to a canary."""
+        said = canary_of(digest, number=number, artifact=artifact, far=far)
+        with self.database.write() as conn:
+            return shards.answer(conn, self.database, self.name, self.incarnation, said)
 
     def hand_back(self) -> int:
         with self.database.write() as conn:

@@ -15,7 +15,7 @@ from time import sleep
 import pytest
 from sqlalchemy import insert, text
 
-from db import devices, jobs, results, shards, tables
+from db import devices, jobs, overview, results, shards, tables
 from db.engine import Database
 from farm.errors import InvariantBroken, StorageError, UsageError
 from farm.jobs import Assignment, DeviceState, Failure, Job, JobState, ResultState, SampleResult
@@ -39,9 +39,8 @@ def test_a_transaction_that_breaks_leaves_nothing(fleet: Fleet, database: Databa
     assert fleet.events("x") == []
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)  # elsewhere writers lock rows
 def test_a_second_writer_waits_from_its_first_statement(database: Database) -> None:
-    if not database.is_sqlite:
-        pytest.skip("writers lock rows there, not the database")
     order = []
 
     def write() -> None:
@@ -131,7 +130,7 @@ def test_active_jobs_come_oldest_first_without_the_ended(fleet: Fleet, database:
     fleet.cancel(second)
 
     with database.read() as conn:
-        assert [job.id for job in jobs.active(conn)] == [first.id, third.id]
+        assert [job.id for job in overview.active(conn, 10)[0]] == [first.id, third.id]
 
 
 def test_progress_counts_samples_shards_and_attempts(fleet: Fleet, database: Database) -> None:
@@ -290,12 +289,12 @@ def test_a_slow_device_takes_fewer(fleet: Fleet) -> None:
     assert fleet.held(slow) == [0, 1]
 
 
-def test_the_older_job_goes_first(fleet: Fleet) -> None:
+def test_of_two_jobs_a_lone_device_begins_with_the_older(fleet: Fleet) -> None:
     older, newer = fleet.job(samples=3), fleet.job(samples=3)
-    fleet.worker(0)
-    fleet.worker(1)
+    worker = fleet.worker()
 
-    assert [ring.assignment.job.id for ring in fleet.assign()] == [older.id, older.id, older.id, newer.id]
+    assert [worker.take().job.id, worker.take().job.id] == [older.id, older.id]
+    assert fleet.state_of(newer) is JobState.PENDING
 
 
 def test_a_job_for_certain_devices_is_assigned_to_them_alone(fleet: Fleet) -> None:

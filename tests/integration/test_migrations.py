@@ -1,36 +1,63 @@
-"""The schema in real files: made, brought up to date, refused, and on disks that are full or read-only."""
+"""The schema in real files and on a real server: made, brought up to date, refused, and on disks that refuse."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Barrier
-from typing import NamedTuple
+from typing import Any
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import select, text
+from sqlalchemy import Column, MetaData, select, text
 
 from db import migrate, tables
 from db.engine import Database, open_database
 from farm.errors import StorageError, UsageError
+from farm.leash import ROOT
 from farm.settings import Settings, make_home
 from tests.contract.conftest import Fleet, samples_of
+
+#: All the schemas there ever were, oldest first.
+REVISIONS = sorted(
+    script.revision for script in ScriptDirectory.from_config(migrate.alembic_config(None)).walk_revisions()
+)
 
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
+    """A farm whose database is a file."""
     return Settings(home=tmp_path / "home", data=None, broker_url="", database_url="")
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def farm(request: pytest.FixtureRequest, settings: Settings) -> Settings:
+    """A farm that has no database yet, on each store."""
+    return _on(request.param, request, settings, "bare_postgres_url")
+
+
+@pytest.fixture
+def twin(request: pytest.FixtureRequest, farm: Settings, tmp_path: Path) -> Settings:
+    """Another farm without a database, on the same store."""
+    other = farm.model_copy(update={"home": tmp_path / "twin"})
+    return _on("postgres" if farm.database_url else "sqlite", request, other, "second_bare_postgres_url")
+
+
+def _on(store: str, request: pytest.FixtureRequest, settings: Settings, fixture: str) -> Settings:
+    url = request.getfixturevalue(fixture) if store == "postgres" else ""
+    return settings.model_copy(update={"database_url": url})
+
+
 def url_of(settings: Settings) -> str:
-    return f"sqlite:///{settings.home / 'farm.db'}"
+    return settings.database_url or f"sqlite:///{settings.home / 'farm.db'}"
 
 
 def made(settings: Settings) -> None:
@@ -49,41 +76,86 @@ def stamp(settings: Settings, revision: str) -> None:
         conn.execute(text("UPDATE alembic_version SET version_num = :revision"), {"revision": revision})
 
 
-def dump(settings: Settings) -> list[str]:
-    """All of a database as SQL."""
+Rows = dict[str, list[dict[str, Any]]]
+
+
+def dump(settings: Settings) -> tuple[Schema, Rows]:
+    """All of a database."""
+    return schema(settings), rows(settings)
+
+
+def rows(settings: Settings) -> Rows:
     with closing(Database(url_of(settings))) as database, database.read() as conn:
-        driver = conn.connection.driver_connection
-        assert driver is not None
-        return list(driver.iterdump())
+        found = MetaData()
+        found.reflect(conn)
+        return {
+            name: sorted((dict(row) for row in conn.execute(select(table)).mappings()), key=repr)
+            for name, table in found.tables.items()
+        }
 
 
-class Ddl(NamedTuple):
-    """A statement that made a table or an index, but for the order of its constraints."""
-
-    before: str
-    columns: list[str]
-    constraints: set[str]
-    after: str  #: how the rows are kept
+#: How a database was made: by the names of its tables and indices, what each consists of.
+Schema = dict[str, set[str]]
 
 
-def ddl(settings: Settings) -> dict[str, Ddl]:
-    """How a database was made, by the names of its tables and indices."""
+def schema(settings: Settings) -> Schema:
     with closing(Database(url_of(settings))) as database, database.read() as conn:
-        rows = conn.execute(text("SELECT name, sql FROM sqlite_master WHERE sql NOTNULL AND name != 'alembic_version'"))
-        return {name: _ddl(sql) for name, sql in rows}
+        if database.is_sqlite:
+            made_by = conn.execute(text("SELECT name, sql FROM sqlite_master WHERE sql NOTNULL"))
+            found = {name: _parts(sql) for name, sql in made_by}
+        else:
+            found = {}
+            for name, part in conn.execute(text(_POSTGRES_PARTS)):
+                found.setdefault(name, set()).add(part)
+    del found["alembic_version"]
+    return found
 
 
-def _ddl(sql: str) -> Ddl:
+def _parts(sql: str) -> set[str]:
+    """Of a statement that made a table or an index. The order of columns says nothing, but in an index's key."""
+    if not sql.startswith("CREATE TABLE"):
+        return {sql}
     before, rest = sql.split("(", 1)
     body, after = rest.rsplit(")", 1)
     parts = [" ".join(part.split()) for part in re.split(r",(?![^()]*\))", body)]
-    constraints = {part for part in parts if part.startswith("CONSTRAINT")}
-    return Ddl(before.strip(), [part for part in parts if part not in constraints], constraints, after.strip())
+    return {before.replace('"', "").strip(), *parts, after.strip()}
+
+
+#: Sequences stand in the defaults.
+_POSTGRES_PARTS = """
+    SELECT c.relname, a.attname || ' ' || format_type(a.atttypid, a.atttypmod)
+           || CASE WHEN a.attnotnull THEN ' NOT NULL' ELSE '' END || a.attidentity::text
+           || coalesce(' DEFAULT ' || pg_get_expr(d.adbin, d.adrelid), '')
+    FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+    LEFT JOIN pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+    WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+    UNION ALL SELECT tablename, indexdef FROM pg_indexes WHERE schemaname = 'public'
+    UNION ALL SELECT conrelid::regclass::text, conname || ' ' || pg_get_constraintdef(oid)
+    FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+"""
 
 
 def revision_of(settings: Settings) -> str:
     with closing(Database(url_of(settings))) as database, database.read() as conn:
         return str(conn.scalar(text("SELECT version_num FROM alembic_version")))
+
+
+def of_old(settings: Settings, revision: str) -> None:
+    """A database as an older farm left it: its schema, and in every table a row."""
+    make_home(settings)
+    with closing(Database(url_of(settings))) as database, database.write() as conn:
+        command.upgrade(migrate.alembic_config(conn), revision)
+        found = MetaData()
+        found.reflect(conn)
+        for table in found.sorted_tables:
+            if table.name != "alembic_version":
+                conn.execute(table.insert().values({column.name: _something(column) for column in table.columns}))
+
+
+def _something(column: Column[Any]) -> object:
+    """A value that fits; the same for all columns of a type, hence for a key and what refers to it."""
+    kind = column.type.python_type
+    return {int: 1, str: "1", float: 1.5, bool: True, bytes: b"\x00\xff"}[kind]
 
 
 # -- the schema --------------------------------------------------------------------------------------------------
@@ -92,57 +164,79 @@ def revision_of(settings: Settings) -> str:
 def test_the_tables_name_alembics_newest_revision() -> None:
     head = ScriptDirectory.from_config(migrate.alembic_config(None)).get_current_head()
 
-    assert head == tables.SCHEMA_REVISION
+    assert head == tables.SCHEMA_REVISION == REVISIONS[-1]
 
 
 @pytest.mark.parametrize("make", [made, migrated])
-def test_a_new_database_has_the_newest_schema(settings: Settings, make: Callable[[Settings], None]) -> None:
-    make(settings)
+def test_a_new_database_has_the_newest_schema(farm: Settings, make: Callable[[Settings], None]) -> None:
+    make(farm)
 
-    assert revision_of(settings) == tables.SCHEMA_REVISION
+    assert revision_of(farm) == tables.SCHEMA_REVISION
 
 
 @pytest.mark.parametrize("make", [made, migrated])
-def test_a_new_database_is_what_the_tables_say(settings: Settings, make: Callable[[Settings], None]) -> None:
-    make(settings)
+def test_a_new_database_is_what_the_tables_say(farm: Settings, make: Callable[[Settings], None]) -> None:
+    make(farm)
 
-    with closing(Database(url_of(settings))) as database, database.read() as conn:
+    with closing(Database(url_of(farm))) as database, database.read() as conn:
         assert compare_metadata(MigrationContext.configure(conn, opts={"compare_type": True}), tables.metadata) == []
 
 
-def test_the_migrations_make_the_same_database_as_the_tables(settings: Settings, tmp_path: Path) -> None:
-    other = settings.model_copy(update={"home": tmp_path / "other"})
-    made(settings)
-    migrated(other)
+def test_the_migrations_make_the_same_database_as_the_tables(farm: Settings, twin: Settings) -> None:
+    made(farm)
+    migrated(twin)
 
-    assert ddl(settings) == ddl(other)
+    assert schema(farm) == schema(twin)
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_an_upgrade_makes_the_same_database_as_the_tables(farm: Settings, twin: Settings, revision: str) -> None:
+    of_old(farm, revision)
+    made(twin)
+
+    migrated(farm)
+
+    assert schema(farm) == schema(twin)
+
+
+@pytest.mark.parametrize("revision", REVISIONS[:-1])
+def test_an_upgrade_keeps_every_row(farm: Settings, revision: str) -> None:
+    of_old(farm, revision)
+    before = rows(farm)
+
+    migrated(farm)
+
+    after = rows(farm)
+    del before["alembic_version"]
+    for table, (row,) in before.items():
+        assert [{key: kept[key] for key in row} for kept in after[table]] == [row]
 
 
 @pytest.mark.parametrize("make", [made, migrated])
 def test_results_lie_in_their_key_without_rowid(settings: Settings, make: Callable[[Settings], None]) -> None:
     make(settings)
 
-    assert {name for name, made_by in ddl(settings).items() if made_by.after == "WITHOUT ROWID"} == {"result"}
+    assert {name for name, parts in schema(settings).items() if "WITHOUT ROWID" in parts} == {"result"}
 
 
 @pytest.mark.parametrize("make", [made, migrated])
 def test_job_and_attempt_numbers_are_never_given_twice(settings: Settings, make: Callable[[Settings], None]) -> None:
     make(settings)
 
-    ids = {name: made_by.columns[0] for name, made_by in ddl(settings).items()}
-    assert {name for name, column in ids.items() if column.endswith("AUTOINCREMENT")} == {"job", "attempt"}
+    parts = [(name, part) for name, made_by in schema(settings).items() for part in made_by]
+    assert {name for name, part in parts if part.endswith("AUTOINCREMENT")} == {"job", "attempt"}
 
 
 @pytest.mark.parametrize("make", [made, migrated])
-def test_doing_it_again_changes_nothing(settings: Settings, make: Callable[[Settings], None]) -> None:
-    make(settings)
-    with closing(open_database(settings)) as database:
+def test_doing_it_again_changes_nothing(farm: Settings, make: Callable[[Settings], None]) -> None:
+    make(farm)
+    with closing(open_database(farm)) as database:
         Fleet(database).job()
-    before = dump(settings)
+    before = dump(farm)
 
-    make(settings)
+    make(farm)
 
-    assert dump(settings) == before
+    assert dump(farm) == before
 
 
 def test_an_upgrade_says_which_schema_there_is_now(settings: Settings) -> None:
@@ -152,42 +246,42 @@ def test_an_upgrade_says_which_schema_there_is_now(settings: Settings) -> None:
 # -- another schema ----------------------------------------------------------------------------------------------
 
 
-def test_a_database_of_a_newer_schema_is_refused(settings: Settings) -> None:
-    made(settings)
-    stamp(settings, "9999")
+def test_a_database_of_a_newer_schema_is_refused(farm: Settings) -> None:
+    made(farm)
+    stamp(farm, "9999")
 
     with pytest.raises(StorageError, match=r"has schema 9999, newer than this farm's \d+: upgrade the farm"):
-        made(settings)
+        made(farm)
 
 
-def test_a_database_of_a_newer_schema_is_not_changed(settings: Settings) -> None:
-    made(settings)
-    stamp(settings, "9999")
-    before = dump(settings)
+def test_a_database_of_a_newer_schema_is_not_changed(farm: Settings) -> None:
+    made(farm)
+    stamp(farm, "9999")
+    before = dump(farm)
 
     with pytest.raises(StorageError):
-        made(settings)
+        made(farm)
 
-    assert dump(settings) == before
+    assert dump(farm) == before
 
 
-def test_a_database_of_an_older_schema_points_to_the_upgrade(settings: Settings) -> None:
-    made(settings)
-    stamp(settings, "0000")
+def test_a_database_of_an_older_schema_points_to_the_upgrade(farm: Settings) -> None:
+    made(farm)
+    stamp(farm, "0000")
 
     with pytest.raises(StorageError, match=r"has schema 0000, this farm needs \d+: run farm db upgrade"):
-        made(settings)
+        made(farm)
 
 
-def test_a_database_of_an_older_schema_is_not_changed_unasked(settings: Settings) -> None:
-    made(settings)
-    stamp(settings, "0000")
-    before = dump(settings)
+def test_a_database_of_an_older_schema_is_not_changed_unasked(farm: Settings) -> None:
+    made(farm)
+    stamp(farm, "0000")
+    before = dump(farm)
 
     with pytest.raises(StorageError):
-        made(settings)
+        made(farm)
 
-    assert dump(settings) == before
+    assert dump(farm) == before
 
 
 # -- no database -------------------------------------------------------------------------------------------------
@@ -314,16 +408,34 @@ def test_many_at_once_make_one_home(settings: Settings) -> None:
     at_once(lambda: make_home(settings))
 
 
-def test_many_at_once_make_one_database(settings: Settings) -> None:
-    at_once(lambda: open_database(settings).close())
+def test_many_at_once_make_one_database(farm: Settings) -> None:
+    at_once(lambda: open_database(farm).close())
 
 
-def test_upgrading_a_database_of_a_newer_schema_is_refused(settings: Settings) -> None:
-    made(settings)
-    stamp(settings, "9999")
+UPGRADE = """
+import sys
+from db import migrate
+from farm.settings import Settings
+print(migrate.upgrade(Settings(home=sys.argv[1], database_url=sys.argv[2])))
+"""
+
+
+def test_many_at_once_bring_one_database_up_to_date(farm: Settings) -> None:
+    of_old(farm, REVISIONS[0])
+    command = [sys.executable, "-c", UPGRADE, str(farm.home), farm.database_url]
+
+    together = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+
+    said = [child.communicate()[0].strip() for child in together]
+    assert all(each.endswith(f"has schema {tables.SCHEMA_REVISION}") for each in said)
+
+
+def test_upgrading_a_database_of_a_newer_schema_is_refused(farm: Settings) -> None:
+    made(farm)
+    stamp(farm, "9999")
 
     with pytest.raises(StorageError, match="newer than this farm"):
-        migrate.upgrade(settings)
+        migrate.upgrade(farm)
 
 
 def at_once(call: Callable[[], object], times: int = 6) -> None:

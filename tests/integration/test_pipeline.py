@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import signal
@@ -22,7 +23,7 @@ import pytest
 import xxhash
 from numpy.typing import NDArray
 
-from farm import artifacts
+from farm import artifacts, canary
 from farm.data.manifest import UNPREPARED, Sample, bin_path, bins_dir
 from farm.errors import DeviceCrashed, DeviceError, DeviceHung, JobError
 from farm.jobs import ResultState, SampleResult
@@ -764,3 +765,101 @@ def descriptors() -> list[str]:
         with suppress(OSError):
             found.append(os.readlink(descriptor))
     return sorted(found)
+
+
+def said(pipeline: Pipeline) -> tuple[int, str]:
+    """The number of the last canary, and the digest of what the device made of it."""
+    answer = pipeline.answer()
+    assert answer is not None
+    return answer[0], answer[1].digest
+
+
+def test_a_device_answers_a_canary(pipeline: Pipeline) -> None:
+    pipeline.ask(simulated(), 2)
+    number, digest = said(pipeline)
+    assert number == 2
+
+    given = np.empty(simulated().input.shape, np.float32)
+    canary.fill(given, number)
+    expected = np.stack([scores(xxhash.xxh3_64_intdigest(sample), CLASSES) for sample in given])
+    assert digest == hashlib.sha256(expected.tobytes()).hexdigest()
+
+
+def test_a_canary_that_was_not_asked_has_no_answer(pipeline: Pipeline) -> None:
+    assert pipeline.answer() is None
+
+
+def test_canaries_take_turns(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipeline.EVERY", 1)
+    load, numbers = simulated(), []
+    for attempt_id in range(1, 6):
+        number = pipeline.canary_due(load)
+        assert number is not None
+        numbers.append(number)
+        pipeline.ask(load, number)
+        said(pipeline)
+        pipeline.run(plan_of(data, load=load, attempt_id=attempt_id))
+
+    assert numbers[0] == 0
+    assert set(numbers) == set(range(canary.COUNT))
+
+
+def test_a_canary_is_no_attempt_and_none_of_a_shards_batches(pipeline: Pipeline, data: Data) -> None:
+    plan = plan_of(data)
+    pipeline.read_ahead(plan)
+    pipeline.ask(plan.load, 0)
+
+    assert pipeline.attempts() == {plan.attempt_id}
+    assert len(pipeline.run(plan).batch_ms) == 3
+    assert said(pipeline)
+
+
+def test_a_canary_is_wanted_once_a_load(pipeline: Pipeline, data: Data) -> None:
+    load = simulated()
+    assert pipeline.canary_due(load) == 0
+    pipeline.ask(load, 0)
+    assert pipeline.canary_due(load) is None
+    said(pipeline)
+    pipeline.run(plan_of(data, load=load))
+    assert pipeline.canary_due(load) is None
+    assert pipeline.canary_due(simulated(compute_ms=3)) == 0
+
+
+def test_a_canary_is_wanted_after_many_batches(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.pipeline.EVERY", 2)
+    load = simulated()
+    pipeline.ask(load, 0)
+    said(pipeline)
+
+    pipeline.run(plan_of(data, load=load))
+
+    assert pipeline.canary_due(load) is not None
+
+
+def test_a_canary_is_wanted_of_a_device_process_that_was_replaced(pipeline: Pipeline, data: Data) -> None:
+    load = simulated(fault("crash", data, 3))
+    pipeline.ask(load, 0)
+    said(pipeline)
+    with pytest.raises(DeviceCrashed):
+        pipeline.run(plan_of(data, load=load))
+
+    assert eventually(lambda: pipeline.canary_due(load) == 0)
+
+
+def test_a_device_that_fails_at_a_canary_says_so(pipeline: Pipeline) -> None:
+    pipeline.ask(simulated({"kind": "crash", "batch": 1}), 0)
+
+    with pytest.raises(DeviceCrashed, match="canary 0"):
+        pipeline.answer()
+
+
+def test_a_canary_of_a_model_that_does_not_load_is_forgotten(pipeline: Pipeline, data: Data) -> None:
+    unknown = replace(simulated(), backend="unknown")
+    plan = plan_of(data, load=unknown)
+    pipeline.read_ahead(plan)
+    pipeline.ask(unknown, 0)
+
+    with pytest.raises(JobError):
+        pipeline.run(plan)
+
+    assert pipeline.answer() is None

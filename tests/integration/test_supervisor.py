@@ -173,6 +173,14 @@ def test_a_command_that_is_not_there_is_named_in_the_log(tmp_path: Path) -> None
     assert "FileNotFoundError" in log_of(tmp_path)
 
 
+def test_a_child_that_ends_at_once_is_quoted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with supervised(tmp_path, "echo first; echo the port is taken; exit 2") as child:
+        assert eventually(lambda: child.pid is None)
+        child.watch()
+
+    assert "child ended (2: the port is taken); next start" in caplog.text
+
+
 def test_stopping_lets_a_child_end_in_its_own_way(tmp_path: Path) -> None:
     with supervised(tmp_path, "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.05; done") as child:
         assert eventually(lambda: log_of(tmp_path) == "up\n")

@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from farm import artifacts, zoo
+from farm import artifacts, canary, zoo
 from farm.artifacts import Artifact, TensorInfo
 from farm.errors import DataError, FarmError, StorageError, UsageError
 from farm.export import INSTALL, require_torch
@@ -116,8 +116,22 @@ def test_the_sidecar_tells_what_was_exported(
     assert sidecar.created.endswith("+00:00")
 
 
-def test_only_artifacts_and_their_sidecars_are_stored(exported: Mapping[int, Exported], data_dir: Path) -> None:
-    expected = [name for done in exported.values() for name in (done.path.name, done.path.stem + ".json")]
+@pytest.mark.parametrize("bs", BATCH_SIZES)
+def test_what_onnxruntime_says_to_a_canary_lies_beside_the_graph(bs: int, exported: Mapping[int, Exported]) -> None:
+    given = np.empty((bs, *SPEC.input.shape), np.float32)
+    canary.fill(given, 3)
+
+    found = canary.distance(exported[bs].path, run(exported[bs].path, given), 3)
+    assert found is not None
+    assert found < 1e-6
+    mirrored = canary.distance(exported[bs].path, run(exported[bs].path, given[:, :, ::-1].copy()), 3)
+    assert mirrored is not None
+    assert mirrored > 1e-3
+
+
+def test_only_artifacts_and_what_belongs_to_them_are_stored(exported: Mapping[int, Exported], data_dir: Path) -> None:
+    endings = (".onnx", ".json", ".canary.npy")
+    expected = [done.path.stem + ending for done in exported.values() for ending in endings]
 
     assert files_under(data_dir) == sorted(expected)
 

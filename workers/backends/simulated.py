@@ -4,7 +4,8 @@ A device that is none: it waits as long as told, and its outputs are a function 
 So sharding, order, padding and restarts cannot change a digit. Faults come on request, from ``FARM_SIMULATED``
 (JSON), e.g. ``{"compute_ms": 50, "faults": [{"kind": "hang", "batch": 3, "once": "/tmp/mark"}]}``. A fault strikes
 when all it names fits: `sample` (xxh3 of the bin, 16 hex digits), `batch` (counted from 1 since the model was
-loaded), `device` (host:index); with `once`, only for the one process that manages to create that file.
+loaded), `after` (every batch after that one), `device` (host:index); with `once`, only for the one process that
+manages to create that file.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ _STRICT = ConfigDict(extra="forbid")
 class Fault:
     """What goes wrong, and when."""
 
-    kind: Literal["hang", "crash", "slow", "nan", "error"]
+    kind: Literal["hang", "crash", "slow", "nan", "error", "wrong"]
     sample: str = ""
     batch: int = 0
+    after: int = 0
     device: str = ""
     once: str = ""
     factor: float = 20.0  #: of a slow device
@@ -43,6 +45,7 @@ class Fault:
         fits = (
             (not self.device or self.device == device)
             and (not self.batch or self.batch == batch)
+            and batch > self.after
             and (not self.sample or self.sample in samples)
         )
         return fits and (not self.once or _first(self.once))
@@ -91,6 +94,8 @@ class SimulatedBackend(Backend):
             out[row] = scores(value, out[row].size).reshape(out[row].shape)
             if any(f.kind == "nan" and f.sample in ("", names[row]) for f in struck):
                 out[row] = np.nan
+            if any(f.kind == "wrong" for f in struck):
+                out[row] = out[row][::-1]  # plausible, and another answer
         b = self.behaviour
         return Times(*(_wait(ms * slowness) for ms in (b.h2d_ms, b.compute_ms, b.d2h_ms)))
 

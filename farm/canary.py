@@ -1,0 +1,70 @@
+"""
+Canaries: seeded inputs that are the same on every device, and what onnxruntime said to them.
+
+Four inputs, turned by one place from one canary to the next, fill a batch of any size. The reference lies beside the
+artifact, as a part of each output: 1,000 values, spread evenly.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+#: Different inputs, and so different canaries.
+COUNT = 4
+#: Distance to onnxruntime, over the reference's largest magnitude. An NPU computes in float16.
+TOLERANCE = {"ort": 1e-3, "acl": 5e-2}
+#: Values of a sample's output that a reference keeps, about.
+KEPT = 1000
+
+
+def fill(array: Array, number: int) -> None:
+    """Write canary `number` into a batch: float32 or uint8 [bs, ...]."""
+    for place in range(len(array)):
+        array[place] = _input((number + place) % COUNT, array.shape[1:], array.dtype.name)
+
+
+@lru_cache(maxsize=2 * COUNT)
+def _input(index: int, shape: tuple[int, ...], dtype: str) -> Array:
+    """Pixels, or values about as large as normalised pixels are. Only a bit generator's own stream never changes."""
+    count = int(np.prod(shape))
+    pixels = np.random.PCG64(index).random_raw((count + 7) // 8).astype("<u8").view(np.uint8)[:count].reshape(shape)
+    return pixels if dtype == "uint8" else ((pixels.astype(np.float32) - 127.5) / 64).astype(dtype)
+
+
+def write_reference(artifact: Path, outputs: Array) -> None:
+    """Keep what onnxruntime made of inputs 0 to 3, [4, ...], beside the artifact."""
+    with _reference_path(artifact).open("wb") as file:
+        np.save(file, _kept(outputs).astype(np.float32))
+
+
+def distance(artifact: Path, outputs: Array, number: int) -> float | None:
+    """
+    How far a batch's outputs [bs, ...] for canary `number` are from the reference, over its largest magnitude.
+
+    NaN for outputs that are none; None where no reference lies beside the artifact, or one of another shape.
+    """
+    try:
+        reference = np.load(_reference_path(artifact), allow_pickle=False)
+    except (OSError, EOFError, ValueError):
+        return None
+    found = _kept(outputs).astype(np.float64)
+    if reference.shape != (COUNT, found.shape[1]):
+        return None
+    turned = reference[[(number + place) % COUNT for place in range(len(found))]]
+    return float(np.abs(found - turned).max() / max(1e-9, np.abs(reference).max()))
+
+
+def _reference_path(artifact: Path) -> Path:
+    return artifact.with_suffix(".canary.npy")
+
+
+def _kept(outputs: Array) -> Array:
+    flat: Array = outputs.reshape(len(outputs), -1)
+    return flat[:, :: max(1, flat.shape[1] // KEPT)]
