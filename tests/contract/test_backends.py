@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from farm import artifacts, zoo
 from farm.errors import DeviceError, JobError
+from tests import fake_acl
 from tests.datasets import write_tiny_onnx
 from workers.backends import BACKENDS, open_backend
 from workers.backends.base import Backend, Load, TensorSpec, Times
@@ -38,6 +39,18 @@ def load_of(artifact: artifacts.Artifact, path: str = "", **options: object) -> 
     )
 
 
+def acl_load(data_dir: Path, bs: int) -> Load:
+    """On a stand-in for the vendor's module, whose answers are the simulated device's."""
+    load = simulated_load(data_dir, bs)
+    given, wanted = load.input, load.output
+    path = fake_acl.write_om(
+        data_dir / f"tiny_bs{bs}.om",
+        [(given.name, given.dtype, given.shape)],
+        [(f"Gemm_9:0:{wanted.name}", wanted.dtype, wanted.shape)],  # as the compiler names a graph's output
+    )
+    return replace(load, backend="acl", path=str(path), options={})
+
+
 def ort_load(data_dir: Path, bs: int) -> Load:
     artifact = write_tiny_onnx(data_dir, bs)
     return load_of(artifact, str(artifacts.directory(data_dir, LVVIT.name) / artifact.file))
@@ -48,7 +61,14 @@ def simulated_load(_: Path, bs: int) -> Load:
 
 
 #: The backends that keep the contract, each with a small model for it.
-KINDS: Mapping[str, Callable[[Path, int], Load]] = {"ort": ort_load, "simulated": simulated_load}
+KINDS: Mapping[str, Callable[[Path, int], Load]] = {"acl": acl_load, "ort": ort_load, "simulated": simulated_load}
+#: Of these, what loads a file.
+FILES = [kind for kind in KINDS if kind != "simulated"]
+
+
+@pytest.fixture(autouse=True)
+def acl_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(fake_acl.FOLDER))
 
 
 @pytest.fixture(params=KINDS)
@@ -160,7 +180,7 @@ def test_closing_twice_is_harmless(backend: Backend) -> None:
 def test_a_backend_that_is_not_there_is_a_job_error_that_says_which_are() -> None:
     load = replace(simulated_load(Path(), 1), backend="abacus")
 
-    with pytest.raises(JobError, match="unknown backend 'abacus': this worker has ort, simulated"):
+    with pytest.raises(JobError, match="unknown backend 'abacus': this worker has acl, ort, simulated"):
         open_backend(load)
 
 
@@ -185,10 +205,11 @@ def other_tensor(load: Load, role: str, **changes: object) -> Load:
         ("output", {"shape": (4, 150)}, "features float32[4, 150]"),
     ],
 )
+@pytest.mark.parametrize("kind", FILES)
 def test_a_model_with_other_tensors_is_a_job_error_that_names_both(
-    tmp_path: Path, role: str, changes: Mapping[str, object], wanted: str
+    tmp_path: Path, kind: str, role: str, changes: Mapping[str, object], wanted: str
 ) -> None:
-    load = ort_load(tmp_path, 4)
+    load = KINDS[kind](tmp_path, 4)
     found = str(getattr(load, role))
 
     with pytest.raises(JobError) as caught:
@@ -198,16 +219,18 @@ def test_a_model_with_other_tensors_is_a_job_error_that_names_both(
 
 
 @pytest.mark.parametrize("data", [b"", b"no model", b"\x08\x08garbage" * 50], ids=["empty", "text", "garbage"])
-def test_a_file_that_is_no_model_is_a_job_error_by_name(tmp_path: Path, data: bytes) -> None:
-    load = ort_load(tmp_path, 1)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_file_that_is_no_model_is_a_job_error_by_name(tmp_path: Path, kind: str, data: bytes) -> None:
+    load = KINDS[kind](tmp_path, 1)
     Path(load.path).write_bytes(data)
 
     with pytest.raises(JobError, match=f"cannot load {load.path}"):
         open_backend(load)
 
 
-def test_a_model_cut_short_is_a_job_error_by_name(tmp_path: Path) -> None:
-    load = ort_load(tmp_path, 1)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_model_cut_short_is_a_job_error_by_name(tmp_path: Path, kind: str) -> None:
+    load = KINDS[kind](tmp_path, 1)
     data = Path(load.path).read_bytes()
     Path(load.path).write_bytes(data[: len(data) // 2])
 
@@ -215,8 +238,9 @@ def test_a_model_cut_short_is_a_job_error_by_name(tmp_path: Path) -> None:
         open_backend(load)
 
 
-def test_a_model_that_is_not_there_is_a_job_error_by_name(tmp_path: Path) -> None:
-    load = ort_load(tmp_path, 1)
+@pytest.mark.parametrize("kind", FILES)
+def test_a_model_that_is_not_there_is_a_job_error_by_name(tmp_path: Path, kind: str) -> None:
+    load = KINDS[kind](tmp_path, 1)
     Path(load.path).unlink()
 
     with pytest.raises(JobError, match=f"cannot load {load.path}"):

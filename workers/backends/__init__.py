@@ -8,6 +8,7 @@ from farm.errors import JobError
 from workers.backends.base import Backend, Load
 
 BACKENDS = {
+    "acl": "workers.backends.acl",
     "ort": "workers.backends.ort",
     "simulated": "workers.backends.simulated",
 }
