@@ -72,6 +72,7 @@ class DeviceProcess:
             raise self._crashed() from exc
         answer = self.receive(LOAD_S)
         if answer["op"] != "loaded":
+            self.kill()  # what failed half-way may leak, and a vendor's runtime comes up once a process
             raise _error(answer)
 
     def send(self, batch: int, given: Buffer, wanted: Buffer) -> None:
