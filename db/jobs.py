@@ -42,8 +42,14 @@ class Progress:
     live_attempts: int
 
 
-def create(conn: Connection, database: Database, spec: JobSpec, shards: Sequence[tuple[int, int]]) -> Job:
-    """Write a job and its shards; nothing is assigned yet."""
+def create(
+    conn: Connection,
+    database: Database,
+    spec: JobSpec,
+    shards: Sequence[tuple[int, int]],
+    submission: int | None = None,
+) -> Job:
+    """Write a job and its shards, perhaps one of a `submission` that began with that job; nothing is assigned yet."""
     now = database.now(conn)
     job_id = conn.execute(
         insert(tables.job)
@@ -58,6 +64,7 @@ def create(conn: Connection, database: Database, spec: JobSpec, shards: Sequence
             created=now,
             priority=spec.priority,
             devices=f",{','.join(spec.devices)}," if spec.devices else "",
+            submission=submission,
         )
         .returning(tables.job.c.id)
     ).scalar_one()

@@ -11,7 +11,7 @@ import json
 import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, insert, or_, select, update
@@ -44,7 +44,7 @@ MOST_JOBS = 16
 #: Shards of one job in a row after which a device gives way to a job of equal priority that nobody serves.
 STREAK = 16
 #: A shard is slow that takes longer than this, and so many times as long as the job's others.
-SLOW_S, SLOW_FACTOR = 5.0, 3.0
+SLOW_S, SLOW_FACTOR = 2.0, 3.0
 
 _LIVE = [state.value for state in LIVE]
 _BREAKING = (Failure.CRASH.value, Failure.HANG.value, Failure.DATA.value)
@@ -161,14 +161,19 @@ def _turns(conn: Connection, device: Device) -> list[int]:
 
     The highest priority goes first. Equals share the devices: a device stays with its job, whose model it has loaded,
     while that job holds no more of the farm than others do; and on its own it gives way to a job that nobody serves.
+    Of those submitted together, each waits until the one before has nothing pending.
     """
     job = tables.job.c
-    rows = conn.execute(
-        select(job.id, job.priority)
+    found = conn.execute(
+        select(job.id, job.priority, func.coalesce(job.submission, job.id).label("submission"))
         .where(jobs.is_active(), jobs.suits(device), jobs.has_pending())
         .order_by(job.priority.desc(), job.id)
         .limit(MOST_JOBS)
     ).all()
+    firsts: dict[int, Any] = {}
+    for row in found:
+        firsts.setdefault(row.submission, row)
+    rows = list(firsts.values())
     equals = [row.id for row in rows if row.priority == rows[0].priority]
     if len(equals) > 1:
         live = dict.fromkeys(equals, 0)
@@ -176,9 +181,9 @@ def _turns(conn: Connection, device: Device) -> list[int]:
         live |= {row[0]: row[1] for row in conn.execute(counts)}
         newest = select(func.max(a.id)).scalar_subquery()
         past = select(a.job_id).where(a.device == device.name, a.id > newest - 4096).order_by(a.id.desc())
-        row = list(conn.execute(past.limit(STREAK)).scalars())
-        mine, least = (row[0] if row else None), min(live.values())
-        tired = row == [mine] * STREAK and least == 0
+        latest = list(conn.execute(past.limit(STREAK)).scalars())
+        mine, least = (latest[0] if latest else None), min(live.values())
+        tired = latest == [mine] * STREAK and least == 0
         stays = mine in live and live[mine] <= least + WINDOW and not tired
         equals.sort(key=lambda job_id: (not (stays and job_id == mine), live[job_id], tired and job_id == mine, job_id))
     return equals + [row.id for row in rows if row.id not in equals]

@@ -53,6 +53,7 @@ job = Table(
     Column("error", Text, nullable=False, server_default=""),
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("devices", Text, nullable=False, server_default=""),  # ",h:0,h:1," or, for all, nothing
+    Column("submission", _Id),  # the first of the jobs submitted with it, if it is not that
     Index(None, "state", "id"),
     sqlite_autoincrement=True,
 )

@@ -133,10 +133,14 @@ def _shards(parts: Sequence[int], bs: int, per_shard: float, devices: int) -> li
     return sharding.cut(edges, per_shard=int(per_shard / a_step), devices=devices)
 
 
-def submit(database: Database, planned: Plan) -> Job:
-    """Write the job and its shards."""
+def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:
+    """Write jobs and their shards; the farm takes them up one after another."""
+    written: list[Job] = []
     with database.write() as conn:
-        return jobs.create(conn, database, planned.spec, planned.shards)
+        for each in plans:
+            first = written[0].id if written else None
+            written.append(jobs.create(conn, database, each.spec, each.shards, first))
+    return written
 
 
 def _device_names(settings: Settings, database: Database, request: Request, backend: str) -> tuple[str, ...]:

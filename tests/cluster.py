@@ -477,7 +477,7 @@ class Cluster:
             shard_s=float(TIMES["FARM_SHARD_S"]),
         )
         request = Request(model="lvvit", bs=4, backend="simulated", limit=limit, devices=devices)
-        return submit(self.database, plan(settings, self.database, request)).id
+        return submit(self.database, [plan(settings, self.database, request)])[0].id
 
     def report(self, job: int) -> dict[str, Any]:
         return build(self.database, job)

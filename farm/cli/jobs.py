@@ -291,7 +291,7 @@ def _create(settings: Settings, database: Database, plans: list[Plan]) -> list[i
     """Write the jobs, then ring for them; without a farm the rows wait for one."""
     from tasks.submission import submit as write
 
-    job_ids = [write(database, planned).id for planned in plans]
+    job_ids = [job.id for job in write(database, plans)]
     _wake(settings, database)
     return job_ids
 

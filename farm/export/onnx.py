@@ -10,7 +10,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -34,6 +34,8 @@ from farm.export.checkpoint import fingerprint, load_checkpoint
 from farm.versions import versions
 from farm.zoo.spec import ModelSpec
 from farm.zoo.spec import Tensor as TensorSpec
+
+Run = Callable[[Tensor], npt.NDArray[np.float32]]
 
 OPSETS = range(11, 21)  #: 20 is the last that the tracing exporter writes
 DTYPES = ("float32", "uint8")  #: of a graph's input
@@ -147,15 +149,16 @@ def _export_each(
             with _running(spec):
                 nets.freeze(frozen)
         graph = _graph(frozen, form, bs)
+        run = _runner(graph, form)
         artifact = Artifact(
             model=spec.name, bs=bs, backend="ort", soc="cpu", file=path.name, sha256=hashlib.sha256(graph).hexdigest(),
             input=TensorInfo.of(form.input, bs), output=TensorInfo.of(form.output, bs), opset=form.opset,
             head=form.head, simplified=form.simplify, weights=weights.name, weights_sha256=weights_sha256,
             versions=_versions(form),
-            max_abs_diff=_verified(net, graph, form, bs),
+            max_abs_diff=_verified(net, run, form, bs),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )  # fmt: skip
-        _store(path, graph, artifact, _answers(graph, form, bs))
+        _store(path, graph, artifact, _answers(run, form, bs))
         yield Exported(artifact=artifact, path=path, reused=False)
 
 
@@ -233,7 +236,7 @@ def _simplified(graph: bytes, form: Form) -> bytes:
     return slimmed
 
 
-def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
+def _verified(net: nn.Module, run: Run, form: Form, bs: int) -> float:
     """
     Largest difference of onnxruntime's scores to PyTorch's on a batch of seeded noise; `FarmError` if too large.
 
@@ -248,7 +251,7 @@ def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
         given = images = torch.randn(shape, generator=generator)
     with _running(form.spec), torch.inference_mode():
         expected = torch.cat([net(chunk) for chunk in torch.split(images, _chunk(form))]).numpy()
-    difference = float(np.abs(_raw(_scores(graph, form, given), form) - _raw(expected, form)).max())
+    difference = float(np.abs(_raw(run(given), form) - _raw(expected, form)).max())
     if not difference <= form.spec.tolerance:  # NaN is not
         raise FarmError(
             f"the exported graph of {form.spec.title} at batch size {bs} differs from PyTorch by {difference:.2g}, "
@@ -257,13 +260,13 @@ def _verified(net: nn.Module, graph: bytes, form: Form, bs: int) -> float:
     return difference
 
 
-def _answers(graph: bytes, form: Form, bs: int) -> npt.NDArray[np.float32]:
+def _answers(run: Run, form: Form, bs: int) -> npt.NDArray[np.float32]:
     """What onnxruntime makes of the canaries, [canary.COUNT, ...]."""
     answers = []
     for number in range(0, canary.COUNT, min(bs, canary.COUNT)):
         given = np.empty((bs, *form.input.shape), form.dtype)
         canary.fill(given, number)
-        answers.append(_scores(graph, form, torch.from_numpy(given))[: canary.COUNT])
+        answers.append(run(torch.from_numpy(given))[: canary.COUNT])
     return np.concatenate(answers)[: canary.COUNT]
 
 
@@ -292,20 +295,28 @@ def _raw(scores: npt.NDArray[np.float32], form: Form) -> npt.NDArray[np.float32]
     return np.log(np.maximum(scores, LEAST_PROBABILITY)) if form.spec.probabilities else scores
 
 
-def _scores(graph: bytes, form: Form, images: Tensor) -> npt.NDArray[np.float32]:
-    """What onnxruntime makes of images [bs, ...]."""
+def _runner(graph: bytes, form: Form) -> Run:
+    """What makes scores of images [bs, ...] with onnxruntime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
-    try:
-        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-        (scores,) = session.run([form.output.name], {form.input.name: images.numpy()})
-    except Exception as exc:  # its exceptions have no common base
-        raise FarmError(f"onnxruntime cannot run the exported graph of {form.spec.title}: {_first_line(exc)}") from exc
-    expected = (images.shape[0], *form.output.shape)
-    if scores.shape != expected:
-        raise FarmError(f"the exported graph of {form.spec.title} gives {scores.shape} scores, expected {expected}")
-    return np.asarray(scores, dtype=np.float32)
+    session: onnxruntime.InferenceSession | None = None
+
+    def run(images: Tensor) -> npt.NDArray[np.float32]:
+        nonlocal session
+        title = form.spec.title
+        try:
+            if session is None:
+                session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            (scores,) = session.run([form.output.name], {form.input.name: images.numpy()})
+        except Exception as exc:  # its exceptions have no common base
+            raise FarmError(f"onnxruntime cannot run the exported graph of {title}: {_first_line(exc)}") from exc
+        expected = (images.shape[0], *form.output.shape)
+        if scores.shape != expected:
+            raise FarmError(f"the exported graph of {title} gives {scores.shape} scores, expected {expected}")
+        return np.asarray(scores, dtype=np.float32)
+
+    return run
 
 
 def _store(path: Path, graph: bytes, artifact: Artifact, answers: npt.NDArray[np.float32]) -> None:

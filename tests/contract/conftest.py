@@ -106,6 +106,7 @@ class Fleet:
         backend: str = "simulated",
         only: tuple[str, ...] = (),
         priority: int = 0,
+        submission: int | None = None,
         shards: Sequence[tuple[int, int]] | None = None,
     ) -> Job:
         """A job of as many shards as batches, unless it says which."""
@@ -125,7 +126,7 @@ class Fleet:
         )
         with self.database.write() as conn:
             return jobs.create(
-                conn, self.database, spec, shards or cut(edges([1] * samples, bs), per_shard=1, devices=1)
+                conn, self.database, spec, shards or cut(edges([1] * samples, bs), per_shard=1, devices=1), submission
             )
 
     def worker(

@@ -46,6 +46,18 @@ def test_jobs_of_equal_priority_share_the_devices(fleet: Fleet) -> None:
     assert jobs_held(fleet) == {one.id: 4, other.id: 4}
 
 
+def test_jobs_submitted_together_are_done_one_after_another(fleet: Fleet) -> None:
+    first = fleet.job(samples=5)
+    second = fleet.job(samples=8, submission=first.id)
+    other = fleet.job(samples=8)
+    for index in range(4):
+        fleet.worker(index)
+
+    assert jobs_held(fleet) == {first.id: 4, other.id: 4}
+    fleet.cancel(other)
+    assert jobs_held(fleet) == {first.id: 1, second.id: 3}
+
+
 def test_a_job_that_comes_later_gets_its_share(fleet: Fleet) -> None:
     fleet.job(samples=100)
     workers = [fleet.worker(index) for index in range(4)]
