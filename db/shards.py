@@ -297,21 +297,27 @@ def _judge(
     lease_s: float,
 ) -> list[Ring] | None:
     """What follows when a device's answer condemns it; None when it may go on."""
-    if canary is None or answer(conn, database, device, incarnation, canary) is not Verdict.DISAGREES:
+    if canary is None:
+        return None
+    if answer(conn, database, device, incarnation, canary, during=assignment.attempt_id) is not Verdict.DISAGREES:
         return None
     found = devices.get(conn, device)
     reason = found.reason if found else ""
     return fail(conn, database, assignment, device, Failure.DEVICE, reason, lease_s, blame=False)
 
 
-def answer(conn: Connection, database: Database, device: str, incarnation: int, canary: Canary) -> Verdict:
+def answer(
+    conn: Connection, database: Database, device: str, incarnation: int, canary: Canary, during: int = 0
+) -> Verdict:
     """
-    Write down what a device said to a canary. Devices that are found out by it are in quarantine afterwards, and what
-    they won since they were last right is open again.
+    Write down what a device said to a canary, `during` an attempt perhaps.
+
+    Devices that are found out by it are in quarantine afterwards, what they won since they were last right is open
+    again, and what they are running counts no more.
     """
     verdict, condemned = canaries.judge(conn, database, device, incarnation, canary)
-    for name in condemned:
-        _release_quarantined(conn, database, name)
+    if condemned:
+        _take_back(conn, database, and_(a.device.in_(condemned), a.id != during), "its device computes wrongly")
     return verdict
 
 

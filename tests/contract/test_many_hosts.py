@@ -301,6 +301,22 @@ def test_what_a_wrong_device_won_before_it_was_found_out_is_open_again(fleet: Fl
     assert {row.device for row in fleet.rows(job)} == {"h:1"}
 
 
+def test_what_a_wrong_device_is_running_when_others_find_it_out_counts_no_more(fleet: Fleet) -> None:
+    job = fleet.job(samples=4)
+    artifact = job.spec.artifact.sha256
+    wrong = fleet.worker(0)
+    wrong.complete(wrong.take(), canary=canary_of("y", artifact=artifact))
+    running = wrong.take()
+
+    for index in (1, 2):
+        fleet.worker(index).answer("x", artifact=artifact)
+
+    assert wrong.device.state is DeviceState.QUARANTINED
+    assert fleet.held(wrong) == []
+    assert wrong.complete(running) is None
+    assert fleet.rows(job) == []
+
+
 def test_what_a_device_won_before_its_last_right_answer_stays(fleet: Fleet) -> None:
     job = fleet.job(samples=6)
     artifact = job.spec.artifact.sha256
