@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.benchmarks.chaos import Chaos, figures, leftovers, make_cluster
 from tests.cluster import wait_for
 
-SEED, SECONDS = 310, 30.0
+SEED, SECONDS = 310, 40.0
 SLOTS, SAMPLES = {"a": 2, "b": 2, "c": 1}, 1600
 
 

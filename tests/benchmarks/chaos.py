@@ -446,6 +446,7 @@ def _targets(found: dict[str, Any], lease_s: float) -> dict[str, Any]:
         "digest_equal": {"value": found["digest_equal"], "target": True, "met": found["digest_equal"]},
         "leftovers": at_most(len(found["leftovers"]), 0),
         "wasted_work": at_most(found["wasted_work"], 0.05),
+        "wasted_time": at_most(found["wasted_time"], 0.05),
     }
     for name, wanted in (("recovery_worker_s", 3.0), ("recovery_host_s", lease_s + TICK_S)):
         if found[name]:
