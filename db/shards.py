@@ -113,8 +113,41 @@ def _fill(conn: Connection, database: Database, now: float, device: Device, leas
         found = _next_pending(conn, database, device, lease_s)
         if found is None:
             break
-        rings.append(_attempt(conn, now, found, device))
+        rings.append(_attempt(conn, now, _cut_to_pace(conn, found, device), device))
     return rings
+
+
+def _cut_to_pace(conn: Connection, shard: _Pending, device: Device) -> _Pending:
+    """
+    Have a slow device take as many batches of a shard as it does in the usual time; the rest is a new shard.
+
+    So no device holds up the end of a job, and little is lost with any of them. A shard that has a history stays whole,
+    and so do those of images in windows: where their batches may begin is not known here.
+    """
+    paces = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
+    paces = paces.where(a.state == AttemptState.WON.value, a.device == device.name).order_by(a.id.desc()).limit(4)
+    own = _pace([row for row in conn.execute(paces) if row.job_id == shard.job_id])
+    usual = _usual_s(conn, shard.job_id) if own else None
+    if not own or not usual or own < SLOW_FACTOR * usual:
+        return shard
+    spec = jobs.get(conn, shard.job_id).spec
+    past = conn.execute(select(a.state).where(a.shard_id == shard.id, a.state != AttemptState.LOST.value)).first()
+    size = max(1, int((shard.stop - shard.start) * usual / own / spec.bs)) * spec.bs
+    if spec.windows or past is not None or shard.start + size >= shard.stop:
+        return shard
+    stop = shard.start + size
+    conn.execute(update(tables.shard).where(s.id == shard.id).values(stop=stop))
+    conn.execute(
+        insert(tables.shard).values(
+            job_id=shard.job_id,
+            idx=spec.samples + stop,  # nobody else's: shards begin at samples of their own, and were numbered below
+            start=stop,
+            stop=shard.stop,
+            state=ShardState.PENDING.value,
+            since=shard.since,
+        )
+    )
+    return shard._replace(stop=stop)
 
 
 def _next_pending(conn: Connection, database: Database, device: Device, lease_s: float) -> _Pending | None:
@@ -731,5 +764,9 @@ def _usual_s(conn: Connection, job_id: int) -> float | None:
     """Seconds a sample of a job's latest shards: the median; None before there are some."""
     won = select(a.started, a.ended, s.start, s.stop).join(tables.shard, s.id == a.shard_id)
     won = won.where(a.job_id == job_id, a.state == AttemptState.WON.value).order_by(a.id.desc()).limit(32)
-    times = [(row.ended - row.started) / (row.stop - row.start) for row in conn.execute(won)]
+    return _pace(conn.execute(won).all())
+
+
+def _pace(rows: Sequence[Any]) -> float | None:
+    times = [(row.ended - row.started) / (row.stop - row.start) for row in rows if row.stop > row.start]
     return statistics.median(times) if times else None

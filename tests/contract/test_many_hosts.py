@@ -6,9 +6,11 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
+from sqlalchemy import select
 
+from db import tables
 from farm.errors import UsageError
-from farm.jobs import AttemptState, DeviceState, Failure, JobState, ShardState, Verdict
+from farm.jobs import AttemptState, DeviceState, Failure, Job, JobState, ShardState, Verdict
 from tests.contract.conftest import LEASE_S, Fleet, Worker, canary_of, failed, name_of, samples_of, scored
 
 #: SQLite serves one.
@@ -402,6 +404,70 @@ def test_a_shard_whose_bins_one_host_cannot_use_goes_to_another_host(fleet: Flee
     there.complete(there.take())
     assert fleet.settle(job) is JobState.DONE
     assert here.device.strikes == 0
+
+
+# -- slow devices ------------------------------------------------------------------------------------------------
+
+TWENTIES = [(start, start + 20) for start in range(0, 200, 20)]
+
+
+def with_a_pace(fleet: Fleet, slowness: float) -> tuple[Job, Worker, Worker]:
+    """A job of batches of two, of which two devices have done shards; one took so many times as long for its own."""
+    job = fleet.job(samples=200, bs=2, shards=TWENTIES)
+    slow, quick = fleet.worker(0), fleet.worker(1)
+    for worker, seconds in ((quick, 1.0), (quick, 1.0), (quick, 1.0), (slow, slowness)):
+        assignment = worker.take()
+        fleet.later(seconds)
+        assert worker.complete(assignment) is not None
+    slow.complete(slow.take())  # handed out before anything was known
+    return job, slow, quick
+
+
+def cut_of(fleet: Fleet, job: Job) -> list[tuple[int, int]]:
+    with fleet.database.read() as conn:
+        s = tables.shard.c
+        return sorted((row.start, row.stop) for row in conn.execute(select(s.start, s.stop).where(s.job_id == job.id)))
+
+
+def test_a_slow_device_takes_no_more_of_a_shard_than_it_does_in_the_usual_time(fleet: Fleet) -> None:
+    job, slow, _quick = with_a_pace(fleet, 10)
+
+    taken = slow.take()
+
+    assert (taken.start % 20, taken.stop - taken.start) == (0, 2)
+    found = cut_of(fleet, job)
+    assert [start for start, _ in found] == [0, *(stop for _, stop in found[:-1])]
+    assert (found[0][0], found[-1][1]) == (0, 200)
+
+
+def test_a_job_with_a_slow_device_ends_with_a_row_a_sample(fleet: Fleet) -> None:
+    job, slow, quick = with_a_pace(fleet, 10)
+
+    while taken := slow.try_to_take():
+        assert slow.complete(taken) is not None
+        quick.finish()
+
+    assert fleet.settle(job) is JobState.DONE
+    assert [row.name for row in fleet.rows(job)] == [name_of(number) for number in range(200)]
+
+
+def test_a_device_that_is_not_much_slower_takes_whole_shards(fleet: Fleet) -> None:
+    job, slow, _quick = with_a_pace(fleet, 2)
+
+    slow.take()
+
+    assert cut_of(fleet, job) == TWENTIES
+
+
+def test_a_shard_that_broke_elsewhere_stays_whole(fleet: Fleet) -> None:
+    job, slow, quick = with_a_pace(fleet, 10)
+    broken = quick.take()
+    quick.fail(broken, Failure.CRASH)
+
+    while taken := slow.try_to_take():
+        slow.complete(taken)
+
+    assert (broken.start, broken.stop) in cut_of(fleet, job)
 
 
 # -- second attempts ---------------------------------------------------------------------------------------------
