@@ -27,6 +27,7 @@ class Settings(BaseSettings):
     broker_url: str = ""  #: empty: the embedded broker
     database_url: str = ""  #: empty: SQLite in `home`
     cpu_slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
+    simulate: str = ""  #: devices that are none instead of this host's own, e.g. 8x310P3
     simulated: str = "{}"  #: what the simulated backend does, as JSON (`workers.backends.simulated`)
     heartbeat_s: float = Field(default=2.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)  #: a device not heard of for so long loses its shards
@@ -41,6 +42,13 @@ class Settings(BaseSettings):
     def _host_fits_in_a_queue_name(cls, value: str) -> str:
         if value and not re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,62})", value):
             raise ValueError("a host name has 1 to 63 letters, digits, '.', '_' or '-'")
+        return value
+
+    @field_validator("simulate")
+    @classmethod
+    def _known_chip(cls, value: str) -> str:
+        if value and not re.fullmatch(r"([1-9]\d?x)?310P3", value):
+            raise ValueError("expected how many of which chip, e.g. 8x310P3; there are figures of a 310P3 only")
         return value
 
     @field_validator("home", "data")

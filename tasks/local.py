@@ -23,6 +23,7 @@ from typing import Any
 from farm.errors import FarmError, UsageError
 from farm.leash import ROOT
 from farm.settings import Settings, make_home
+from workers.devices import LocalDevice, discover
 
 #: A host that is not up by then has said why in its log.
 START_S = 20.0
@@ -177,10 +178,22 @@ def is_ephemeral(settings: Settings) -> bool:
     return bool(_info(settings).get("ephemeral", True))
 
 
+def simulates(settings: Settings) -> str:
+    """What the farm that is up simulates; nothing if its devices are this machine's."""
+    return str(_info(settings).get("simulate", ""))
+
+
+def devices(settings: Settings) -> list[LocalDevice]:
+    """This host's devices, as the farm that is up here has them."""
+    if not settings.simulate and (simulated := simulates(settings)):
+        settings = settings.model_copy(update={"simulate": simulated})
+    return discover(settings)
+
+
 def write_info(settings: Settings, *, ephemeral: bool) -> None:
     """Say who hosts; only the holder of the farm's lock may."""
     partial = info_path(settings).with_suffix(".tmp")
-    partial.write_text(json.dumps({"pid": os.getpid(), "ephemeral": ephemeral}))
+    partial.write_text(json.dumps({"pid": os.getpid(), "ephemeral": ephemeral, "simulate": settings.simulate}))
     os.replace(partial, info_path(settings))
 
 

@@ -14,8 +14,8 @@ from farm.errors import DataError, UsageError
 from farm.jobs import Job, JobSpec
 from farm.settings import Settings
 from farm.versions import versions
+from tasks import local
 from workers import ring
-from workers.devices import discover
 
 #: Samples a second of a CPU slot before anything was measured.
 UNKNOWN_FPS = 10.0
@@ -77,7 +77,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         settings.data_dir,
         spec,
         request.bs,
-        backend=request.backend,
+        backend=request.backend or ("simulated" if simulates_only(settings, database) else None),
         wanted=request.artifact,
         head=request.head,
     )
@@ -88,6 +88,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         truth = "--labels val_label.txt" if spec.dataset == "imagenet" else "--annotations DIR"
         hint = f"farm prepare {spec.name} --images DIR {truth}"
         hint += "" if artifact.input.dtype == "float32" else f" --input {artifact.input.dtype}"
+        hint += f", or farm prepare {spec.name} --synthetic 2000" if artifact.backend == "simulated" else ""
         raise DataError(f"{exc} ({hint})" if "run farm prepare" in str(exc) else str(exc)) from exc
     samples = len(data.samples) if request.limit is None else min(request.limit, len(data.samples))
     if samples < 1:
@@ -143,17 +144,25 @@ def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:
     return written
 
 
+def simulates_only(settings: Settings, database: Database) -> bool:
+    """Whether all devices there are, are simulated: what is asked of them without a word is simulated, too."""
+    with database.read() as conn:
+        found = {d.backends for d in devices.live(conn, database, settings.lease_s)}
+    found |= {d.backends for d in local.devices(settings)} if settings.is_embedded else set()
+    return found == {("simulated",)}
+
+
 def _device_names(settings: Settings, database: Database, request: Request, backend: str) -> tuple[str, ...]:
     """The devices that would serve a job; `UsageError` for a name nobody knows."""
     with database.read() as conn:
         registered = devices.everything(conn)
         up = devices.live(conn, database, settings.lease_s)
-    local = discover(settings) if settings.is_embedded else []
-    known = sorted({d.name for d in registered} | {d.name for d in local})
+    here = local.devices(settings) if settings.is_embedded else []
+    known = sorted({d.name for d in registered} | {d.name for d in here})
     unknown = [name for name in request.devices if name not in known]
     if unknown:
         raise UsageError(f"unknown device {', '.join(unknown)}: the farm knows {', '.join(known) or 'none yet'}")
-    serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in local if backend in d.backends}
+    serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in here if backend in d.backends}
     if not serving.intersection(request.devices or serving):  # the job waits for those that are away for the moment
         serving = {d.name for d in devices.matching(registered, backend, ())}
     chosen = sorted(serving.intersection(request.devices) if request.devices else serving, key=_by_host_and_index)

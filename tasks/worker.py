@@ -339,8 +339,12 @@ class DeviceWorker:
             input=TensorSpec(**artifact.input.model_dump()),
             output=TensorSpec(**artifact.output.model_dump()),
             device=self.device.name,
-            options={"simulated": self._settings.simulated} if artifact.backend == "simulated" else {},
+            options=self._simulation(spec.model) if artifact.backend == "simulated" else {},
         )
+
+    def _simulation(self, model: str) -> dict[str, str]:
+        _, _, chip = self.device.soc.partition("simulated ")
+        return {"simulated": self._settings.simulated, "model": model, "chip": chip}
 
     def _manifest(self, spec: JobSpec) -> Manifest:
         """The manifest a job froze; kept, for all shards of a job need it. `HostError` if there is none, or another."""

@@ -20,7 +20,7 @@ class LocalDevice:
 
     host: str
     index: int
-    soc: str  #: "cpu", or the chip's name
+    soc: str  #: "cpu", the chip's name, or "simulated" and the chip's name
     backends: tuple[str, ...]
 
     @property
@@ -29,7 +29,13 @@ class LocalDevice:
 
 
 def discover(settings: Settings) -> list[LocalDevice]:
-    """This host's devices: its CPU slots, one core each."""
+    """This host's devices: those that it shall simulate, or its CPU slots, one core each."""
+    if settings.simulate:
+        count, _, chip = settings.simulate.rpartition("x")
+        return [
+            LocalDevice(host=settings.host_name, index=index, soc=f"simulated {chip}", backends=("simulated",))
+            for index in range(int(count or 1))
+        ]
     return [
         LocalDevice(host=settings.host_name, index=index, soc="cpu", backends=("ort", "simulated"))
         for index in range(settings.cpu_slots)

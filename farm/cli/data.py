@@ -53,6 +53,10 @@ def prepare(
     ] = None,
     labels: _Labels = None,
     annotations: _Annotations = None,
+    synthetic: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="No images: N samples of noise, to simulate with and to measure speed."),
+    ] = None,
     input_type: _Input = "float32",
     subset: _Subset = False,
     processes: _Processes = None,
@@ -70,6 +74,9 @@ def prepare(
     """
     asked = _Asked(name=model, recipe=_recipe(model, input_type), json=json)
     _check_truth(asked, labels, annotations)
+    if synthetic is not None:
+        _make_up(asked, synthetic, images or labels or annotations)
+        return
     if images is None:
         if labels or annotations:
             raise UsageError(f"no --images: type {asked.command}")
@@ -170,6 +177,15 @@ def _check_truth(asked: _Asked, labels: Path | None, annotations: Path | None) -
     for option, value, fits in given:
         if value and not fits:
             raise UsageError(f"{option} is not for {asked.name}, which takes {asked.truth}")
+
+
+def _make_up(asked: _Asked, count: int, other: Path | None) -> None:
+    from farm.data import made_up
+    from farm.settings import load_settings
+
+    if other is not None:
+        raise UsageError(f"--synthetic makes samples up, {other} is for real ones: choose one")
+    print(asked.answer(made_up.make(asked.recipe, load_settings().data_dir, count)))
 
 
 def _look(asked: _Asked) -> Prepared:

@@ -35,7 +35,7 @@ def _list(as_json: bool) -> None:
     from db.engine import open_database
     from farm.reports.status import device_lines, show_devices, unfit_line
     from farm.settings import load_settings
-    from workers.devices import discover
+    from tasks import local
 
     settings = load_settings()
     lines = device_lines(open_database(settings), settings)
@@ -56,7 +56,7 @@ def _list(as_json: bool) -> None:
             "waiting": 0,
             "rate": 0.0,
         }
-        for d in discover(settings)
+        for d in local.devices(settings)
         if d.name not in known
     ]
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Annotated
@@ -14,17 +15,30 @@ if TYPE_CHECKING:
 
 def up(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the devices.")] = 30.0,
+    simulate: Annotated[
+        str | None,
+        typer.Option(metavar="8x310P3", help="Devices that are none, as fast as so many of these; reports say so."),
+    ] = None,
 ) -> None:
-    """Start a local farm that stays, in the background; farm submit uses it from then on."""
+    """Start a local farm that stays, in the background; farm submit uses it from then on.
+
+    farm up --simulate 8x310P3 is a farm to plan and try things with: times of the reference table, outputs made up.
+    """
     from farm.errors import UsageError
     from farm.settings import load_settings
     from tasks import local
 
+    if simulate is not None:
+        os.environ["FARM_SIMULATE"] = simulate  # of the host's processes, too
     settings = load_settings()
     if not settings.is_embedded:
         raise UsageError("FARM_BROKER_URL is set, and farm up is for a farm of one machine: unset it")
+    if local.is_up(settings) and local.simulates(settings) != settings.simulate:
+        there = local.simulates(settings) or "this machine's own devices"
+        raise UsageError(f"a farm of {there} is up in {settings.home}: farm down ends it")
     local.stay(settings)
-    print(f"the farm is up in {settings.home}: {', '.join(_wait_for_devices(settings, timeout))}")
+    mark = "SIMULATED " if settings.simulate else ""
+    print(f"the farm is up in {settings.home}: {mark}{', '.join(_wait_for_devices(settings, timeout))}")
 
 
 def down(

@@ -19,7 +19,6 @@ from farm.settings import Settings, make_home
 from farm.versions import versions
 from tasks import local
 from workers import broker
-from workers.devices import discover
 
 #: A clock that is off by more is worth a word.
 CLOCK_S = 2.0
@@ -50,7 +49,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("home", lambda: _home(settings)),
         ("broker", lambda: _broker(settings)),
         ("farm", lambda: _farm(settings)),
-        ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in discover(settings))),
+        ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in local.devices(settings))),
         ("export", _export),
     ]
     findings = [_look(what, check) for what, check in checks]

@@ -1,16 +1,19 @@
 """
-A device that is none: it waits as long as told, and its outputs are a function of each sample's bytes.
+A device that is none: it waits as long as a 310P3 would, and its outputs are a function of each sample's bytes.
 
-So sharding, order, padding and restarts cannot change a digit. Faults come on request, from ``FARM_SIMULATED``
-(JSON), e.g. ``{"compute_ms": 50, "faults": [{"kind": "hang", "batch": 3, "once": "/tmp/mark"}]}``. A fault strikes
-when all it names fits: `sample` (xxh3 of the bin, 16 hex digits), `batch` (counted from 1 since the model was
-loaded), `after` (every batch after that one), `device` (host:index); with `once`, only for the one process that
-manages to create that file.
+So sharding, order, padding and restarts cannot change a digit. A chip that is named (`farm up --simulate 8x310P3`) has
+the latencies of its reference table; otherwise a batch takes 1 ms. What differs comes from ``FARM_SIMULATED`` (JSON),
+e.g. ``{"compute_ms": 50, "faults": [{"kind": "hang", "batch": 3, "once": "/tmp/mark"}]}``. A fault strikes when all it
+names fits: `sample` (xxh3 of the bin, 16 hex digits), `batch` (counted from 1 since the model was loaded), `after`
+(every batch after that one), `bs` (the batch size), `device` (host:index); with `once`, only for the one process that
+manages to create that file. Kinds: hang, crash, slow (`factor`), nan, error, wrong (other scores), acl (ACL's `code`,
+blamed as the real backend would), oom (no memory: when the model is loaded, or at the `batch` it names).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -23,8 +26,19 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked
 
-from farm.errors import DeviceError, JobError
+from farm import zoo
+from farm.errors import DataError, DeviceError, JobError
+from workers.backends import acl_codes
+from workers.backends.acl_codes import Blame
 from workers.backends.base import Array, Backend, Load, Times
+
+#: Bytes a ms to the card and off it: the guides' one line with copies has 3,145,728 bytes in 0.793 ms, and
+#: 157,286,400 in 98.025.
+H2D, D2H = 3_145_728 / 0.793, 157_286_400 / 98.025
+#: Deviation of a batch's time, over the time: between what the guides' two lines show, 0.02 % and 0.3 %.
+JITTER = 0.001
+#: Scores that are made anew; more of them repeat these.
+PERIOD = 1 << 16
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -33,19 +47,23 @@ _STRICT = ConfigDict(extra="forbid")
 class Fault:
     """What goes wrong, and when."""
 
-    kind: Literal["hang", "crash", "slow", "nan", "error", "wrong"]
+    kind: Literal["hang", "crash", "slow", "nan", "error", "wrong", "acl", "oom"]
     sample: str = ""
     batch: int = 0
     after: int = 0
+    bs: int = 0
     device: str = ""
     once: str = ""
     factor: float = 20.0  #: of a slow device
+    code: int = 507015  #: of acl
 
-    def strikes(self, device: str, batch: int, samples: Sequence[str]) -> bool:
+    def strikes(self, load: Load, batch: int, samples: Sequence[str] = ()) -> bool:
+        """Whether it does at the `batch` of these `samples`; 0 is the load itself."""
         fits = (
-            (not self.device or self.device == device)
+            (not self.device or self.device == load.device)
+            and (not self.bs or self.bs == load.input.shape[0])
             and (not self.batch or self.batch == batch)
-            and batch > self.after
+            and (batch > self.after or not batch)
             and (not self.sample or self.sample in samples)
         )
         return fits and (not self.once or _first(self.once))
@@ -55,9 +73,9 @@ class Fault:
 class Behaviour:
     """What a simulated device is like. Times in ms a batch."""
 
-    h2d_ms: float = 0.0
-    compute_ms: float = 1.0
-    d2h_ms: float = 0.0
+    h2d_ms: float | None = None  #: None: as the chip's, or nothing
+    compute_ms: float | None = None  #: None: as the chip's, or 1 ms
+    d2h_ms: float | None = None
     faults: tuple[Fault, ...] = ()
 
 
@@ -71,53 +89,91 @@ def behaviour(text: str) -> Behaviour:
 
 def scores(xxh3: int, count: int) -> NDArray[np.float32]:
     """The output of a sample whose bytes have this hash: float32 [count], about normal with deviation 3."""
-    return np.random.Generator(np.random.SFC64(xxh3)).standard_normal(count, dtype=np.float32) * np.float32(3)
+    made = np.random.Generator(np.random.SFC64(xxh3)).standard_normal(min(count, PERIOD), dtype=np.float32)
+    return np.resize(made * np.float32(3), count)
+
+
+def latencies(load: Load, behaviour: Behaviour) -> Times:
+    """
+    Mean times of a batch: those asked for, else those of the chip that `load.options` names.
+
+    Compute is the reference table's 1000 * bs / fps, in between and beyond in proportion. `JobError` where the
+    reference says that a batch size does not fit into the chip's memory.
+    """
+    chip, bs = load.options.get("chip"), load.input.shape[0]
+    usual = Times(0.0, 1.0, 0.0)
+    if chip:
+        spec = zoo.get(str(load.options["model"]))
+        if reason := spec.impossible.get(bs):
+            raise JobError(f"{reason}: {spec.name} at batch size {bs} on a simulated {chip}, as the reference has it")
+        known = sorted(spec.reference_fps)
+        ms = np.interp(bs, known, [1000 / spec.reference_fps[size] for size in known]) * bs if known else 1.0
+        usual = Times(load.input.nbytes / H2D, float(ms), load.output.nbytes / D2H)
+    asked = (behaviour.h2d_ms, behaviour.compute_ms, behaviour.d2h_ms)
+    return Times(*(ms if own is None else own for own, ms in zip(asked, usual, strict=True)))
 
 
 @dataclass
 class SimulatedBackend(Backend):
-    """Sleeps, then answers."""
+    """Answers when the time is over. It tells the times it was made to have: a card's do not depend on its host."""
 
     load: Load
     behaviour: Behaviour
     batches: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        for fault in self.behaviour.faults:
+            if fault.kind == "oom" and not fault.batch and fault.strikes(self.load, 0):
+                raise _no_memory(self.load)
+        self._usual = latencies(self.load, self.behaviour)
+        self._spread = JITTER if self.behaviour.compute_ms is None else 0.0
+        self._jitter = random.Random(self.load.device)  # noqa: S311  # the same times again, not secrets
+
     def infer(self, batch: Array, out: Array) -> Times:
+        began = time.perf_counter()
         self.batches += 1
         hashes = [xxhash.xxh3_64_intdigest(sample) for sample in batch]
         names = [f"{value:016x}" for value in hashes]
-        struck = [f for f in self.behaviour.faults if f.strikes(self.load.device, self.batches, names)]
+        struck = [f for f in self.behaviour.faults if f.strikes(self.load, self.batches, names)]
         slowness = max([1.0, *(f.factor for f in struck if f.kind == "slow")])
         for fault in struck:
-            _strike(fault)
+            _strike(fault, self.load)
         for row, value in enumerate(hashes):
             out[row] = scores(value, out[row].size).reshape(out[row].shape)
             if any(f.kind == "nan" and f.sample in ("", names[row]) for f in struck):
                 out[row] = np.nan
             if any(f.kind == "wrong" for f in struck):
                 out[row] = out[row][::-1]  # plausible, and another answer
-        b = self.behaviour
-        return Times(*(_wait(ms * slowness) for ms in (b.h2d_ms, b.compute_ms, b.d2h_ms)))
+        h2d, compute, d2h = self._usual
+        compute *= slowness * (1 + self._spread * max(-3.0, min(3.0, self._jitter.gauss(0, 1))))
+        left = began + (h2d + compute + d2h) / 1000 - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+        return Times(h2d, compute, d2h)
 
 
 def open_backend(load: Load) -> Backend:
     return SimulatedBackend(load, behaviour(str(load.options.get("simulated", "{}"))))
 
 
-def _wait(ms: float) -> float:
-    began = time.perf_counter()
-    if ms > 0:
-        time.sleep(ms / 1000)
-    return 1000 * (time.perf_counter() - began)
-
-
-def _strike(fault: Fault) -> None:
+def _strike(fault: Fault, load: Load) -> None:
     if fault.kind == "hang":
         time.sleep(3600)
     elif fault.kind == "crash":
         os.kill(os.getpid(), signal.SIGSEGV)
     elif fault.kind == "error":
         raise DeviceError("the simulated device failed, as it was told to")
+    elif fault.kind == "oom" and fault.batch:
+        raise _no_memory(load)
+    elif fault.kind == "acl":
+        whom = {Blame.BATCH: DataError, Blame.MEMORY: JobError, Blame.OURS: JobError}
+        error = whom.get(acl_codes.blame(fault.code), DeviceError)
+        raise error(f"the simulated device failed, as it was told to: {acl_codes.meaning(fault.code)}")
+
+
+def _no_memory(load: Load) -> JobError:
+    bs = load.input.shape[0]
+    return JobError(f"out of memory at batch size {bs}, as the simulated device was told to be")
 
 
 def _first(path: str) -> bool:
