@@ -96,6 +96,28 @@ def recent(conn: Connection, limit: int) -> list[Job]:
     return several(conn, true(), (tables.job.c.id.desc(),), limit)
 
 
+def of_speed(conn: Connection, artifact_sha256: str, device: str) -> list[Job]:
+    """The newest jobs of speed of an artifact on one device that were done, newest first."""
+    job = tables.job.c
+    which = and_(
+        job.artifact_sha256 == artifact_sha256,
+        job.samples == 0,
+        job.state == JobState.DONE.value,
+        job.devices == f",{device},",
+    )
+    return several(conn, which, (job.id.desc(),), 5)
+
+
+def alike(conn: Connection, spec: JobSpec) -> list[Job]:
+    """Jobs that evaluate the same samples with the same artifact and choice of devices, done or not; newest first."""
+    job = tables.job.c
+    states = [state.value for state in (*ACTIVE, JobState.DONE, JobState.DONE_WITH_ERRORS)]
+    which = and_(job.artifact_sha256 == spec.artifact.sha256, job.samples == spec.samples, job.state.in_(states))
+    found = several(conn, which, (job.id.desc(),), 100)
+    wanted = (spec.manifest_digest, spec.devices)
+    return [each for each in found if (each.spec.manifest_digest, each.spec.devices) == wanted]
+
+
 def several(
     conn: Connection, which: ColumnElement[bool], order: Sequence[ColumnElement[Any]], limit: int | None = None
 ) -> list[Job]:

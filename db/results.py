@@ -59,6 +59,8 @@ def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleRes
             f"{assignment.task_id} has {len(samples)} rows for {assignment.stop - assignment.start} samples; "
             "nothing was written"
         )
+    if not samples:  # of a job of speed
+        return
     missing = (None,) * _K
     conn.execute(
         sql_insert(tables.result),

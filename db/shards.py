@@ -507,7 +507,7 @@ def _blame(
         .join(tables.shard, s.id == a.shard_id)
         .where(s.id == assignment.shard_id, a.no > s.since, a.state == AttemptState.FAILED.value)
     ).all()
-    where = f"samples {assignment.start} to {assignment.stop - 1}"
+    where = "its batches" if spec.loop else f"samples {assignment.start} to {assignment.stop - 1}"
     if failure is Failure.DEVICE:
         refusals = [row.device for row in broken if row.failure == Failure.DEVICE.value]
         there = devices.heard(conn, database, lease_s)

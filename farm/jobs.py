@@ -93,7 +93,16 @@ class JobSpec:
     devices: tuple[str, ...] = ()  #: only these; empty: all that match
     priority: int = 0  #: higher goes first
     allow_failed: int = 0
+    loop: int = 0  #: batches of noise to be timed on its one device: a job of speed, which has no samples
+    together: tuple[str, ...] = ()  #: of a job of speed: the devices that are timed at the same time
     provenance: Mapping[str, object]
+
+    @property
+    def extent(self) -> str:
+        """How much it is, in words."""
+        if self.loop:
+            return f"speed of {self.loop} batches on {', '.join(self.devices)}"
+        return f"{self.samples} images of {self.windows} windows" if self.windows else f"{self.samples} samples"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +122,7 @@ class Job:
 
     def __str__(self) -> str:
         mark = " (simulated)" if self.simulated else ""
-        return f"job {self.id}: {self.spec.model} bs {self.spec.bs}, {self.spec.samples} samples{mark}"
+        return f"job {self.id}: {self.spec.model} bs {self.spec.bs}, {self.spec.extent}{mark}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

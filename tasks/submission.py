@@ -9,11 +9,13 @@ from typing import Any
 from db import devices, jobs, results
 from db.engine import Database
 from farm import artifacts, sharding, zoo
+from farm.artifacts import Artifact
 from farm.data import manifest
 from farm.errors import DataError, UsageError
 from farm.jobs import Job, JobSpec
 from farm.settings import Settings
 from farm.versions import versions
+from farm.zoo.spec import ModelSpec
 from tasks import local
 from workers import ring
 
@@ -46,6 +48,7 @@ class Plan:
     device_fps: float  #: expected of one device
     bin_bytes: int
     ring_bytes: int  #: shared memory of a device, whatever the samples
+    of_samples: int  #: that were prepared
 
     @property
     def expected_s(self) -> float:
@@ -73,14 +76,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
     spec = zoo.get(request.model)
     if request.bs < 1:
         raise UsageError(f"--bs {request.bs}: a batch size is 1 or more")
-    artifact = artifacts.choose(
-        settings.data_dir,
-        spec,
-        request.bs,
-        backend=request.backend or ("simulated" if simulates_only(settings, database) else None),
-        wanted=request.artifact,
-        head=request.head,
-    )
+    artifact = choose(settings, database, spec, request)
     directory = manifest.bins_dir(settings.data_dir, spec.recipe, artifact.input.dtype)
     try:
         data = manifest.read(directory)
@@ -124,7 +120,49 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         device_fps=fps,
         bin_bytes=sum(parts) * artifact.input.nbytes // request.bs,
         ring_bytes=ring.nbytes(artifact.input.nbytes, artifact.output.nbytes),
+        of_samples=len(data.samples),
     )
+
+
+def choose(settings: Settings, database: Database, spec: ModelSpec, request: Request) -> Artifact:
+    """The artifact that what is asked for needs; a farm that simulates only, needs none. `UsageError` if none fits."""
+    return artifacts.choose(
+        settings.data_dir,
+        spec,
+        request.bs,
+        backend=request.backend or ("simulated" if _simulates_only(settings, database) else None),
+        wanted=request.artifact,
+        head=request.head,
+    )
+
+
+def plan_speed(settings: Settings, database: Database, request: Request, loop: int) -> list[JobSpec]:
+    """A job of speed for each device that would serve what is asked for: so many batches, timed."""
+    spec = zoo.get(request.model)
+    artifact = choose(settings, database, spec, request)
+    return [
+        JobSpec(
+            model=spec.name,
+            bs=request.bs,
+            artifact=artifact,
+            dataset=spec.dataset,
+            recipe=spec.recipe,
+            dtype=artifact.input.dtype,
+            manifest_digest="",
+            samples=0,
+            devices=(name,),
+            priority=request.priority,
+            loop=loop,
+            provenance={"versions": versions()},
+        )
+        for name in _device_names(settings, database, request, artifact.backend)
+    ]
+
+
+def submit_speed(database: Database, specs: Sequence[JobSpec]) -> list[Job]:
+    """Write jobs of speed; all devices begin at once."""
+    with database.write() as conn:
+        return [jobs.create(conn, database, spec, [(0, 0)]) for spec in specs]
 
 
 def _shards(parts: Sequence[int], bs: int, per_shard: float, devices: int) -> list[tuple[int, int]]:
@@ -144,7 +182,7 @@ def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:
     return written
 
 
-def simulates_only(settings: Settings, database: Database) -> bool:
+def _simulates_only(settings: Settings, database: Database) -> bool:
     """Whether all devices there are, are simulated: what is asked of them without a word is simulated, too."""
     with database.read() as conn:
         found = {d.backends for d in devices.live(conn, database, settings.lease_s)}

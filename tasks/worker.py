@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -49,10 +50,17 @@ from tasks.app import make_app, queue_of, worker_name
 from tasks.dispatch import ring
 from workers import broker
 from workers.backends.base import Load, TensorSpec
+from workers.canary import samples as samples_of_noise
 from workers.devices import LocalDevice, cpu_model, discover, find, kind_of, lock, machine_id
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
+from workers.ring import nbytes as ring_bytes
 
 T = TypeVar("T")
+
+#: Share of a host's memory that its devices' buffers may take.
+MOST_MEMORY = 0.75
+#: Batches before those that are timed, for the first ones allocate and compile; a canary has gone before them.
+WARM_UP = 1
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +81,8 @@ class DeviceWorker:
         self.device = device
         self._settings = settings
         self._database = database
-        self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(settings))
+        self._local = discover(settings)
+        self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(len(self._local)))
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
@@ -194,7 +203,8 @@ class DeviceWorker:
         The `last` shard of a job always has one: else what a device did since the one before would go unseen.
         """
         self._pipeline.read_ahead(plan)
-        number = 0 if last and not self._pipeline.is_asked() else self._pipeline.canary_due(plan.load)
+        again = last and not spec.loop and not self._pipeline.is_asked()
+        number = 0 if again else self._pipeline.canary_due(plan.load)
         if number is not None and not plan.isolating:
             self._pipeline.ask(plan.load, number)
             self._asked = spec
@@ -308,6 +318,17 @@ class DeviceWorker:
 
     def _plan(self, assignment: Assignment) -> Plan:
         spec = assignment.job.spec
+        if spec.loop:
+            load = self._load(spec)
+            batches = samples_of_noise(spec.bs * (WARM_UP + spec.loop))
+            return Plan(
+                attempt_id=assignment.attempt_id,
+                load=load,
+                dataset=spec.dataset,
+                directory=Path(),
+                samples=batches,
+                loop=spec.loop,
+            )
         data_dir = self._settings.data_dir
         samples = self._manifest(spec).samples[assignment.start : assignment.stop]
         return Plan(
@@ -333,6 +354,7 @@ class DeviceWorker:
             except OSError as exc:
                 raise HostError(f"cannot read the artifact {file}: {exc.strerror}") from exc
             self._checked.add(key)
+        self._check_memory(spec)
         return Load(
             backend=artifact.backend,
             path=path,
@@ -341,6 +363,19 @@ class DeviceWorker:
             device=self.device.name,
             options=self._simulation(spec.model) if artifact.backend == "simulated" else {},
         )
+
+    def _check_memory(self, spec: JobSpec) -> None:
+        """`HostError` where the devices' buffers together would leave the host none: the kernel would kill somebody."""
+        chosen = spec.together or spec.devices
+        here = [d.name for d in self._local if not chosen or d.name in chosen]
+        needed = len(here) * ring_bytes(spec.artifact.input.nbytes, spec.artifact.output.nbytes)
+        total = psutil.virtual_memory().total
+        if needed > MOST_MEMORY * total:
+            raise HostError(
+                f"{len(here)} devices of {self.device.host} need {needed / 1e9:.1f} GB of buffers for {spec.model} at "
+                f"batch size {spec.bs}, and it has {total / 1e9:.1f} GB of memory: take a smaller batch size or head, "
+                "or fewer devices (--devices)"
+            )
 
     def _simulation(self, model: str) -> dict[str, str]:
         _, _, chip = self.device.soc.partition("simulated ")
@@ -448,9 +483,9 @@ class DeviceWorker:
         )
 
 
-def _spare_cores(settings: Settings) -> int:
+def _spare_cores(devices: int) -> int:
     """Threads that post-processing may use: a device's share of the host's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, len(discover(settings))))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, devices))
 
 
 def _text(error: FarmError) -> str:

@@ -26,7 +26,7 @@ from farm.data.manifest import Sample
 from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError
 from farm.jobs import Budget, ResultState, SampleResult, ShardResult
 from workers.backends.base import Load, Times
-from workers.canary import EVERY, Listener, samples
+from workers.canary import EVERY, Deaf, Listener, samples
 from workers.device import DeviceProcess
 from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
@@ -64,6 +64,7 @@ class Plan:
     isolating: bool = False
     non_finite_before: bool = False
     canary: int | None = None  #: which one this is, and no attempt
+    loop: int = 0  #: batches of noise to be timed; what they come to is nobody's business
 
     @property
     def bs(self) -> int:
@@ -100,9 +101,10 @@ class _Run:
 
     def result(self) -> ShardResult:
         device_ms = sum(sum(times) for times in self.batch_ms)
+        loop = self.plan.loop
         return ShardResult(
-            samples=[self.rows[sample.name] for sample in self.plan.samples],
-            batch_ms=self.batch_ms,
+            samples=[] if loop else [self.rows[sample.name] for sample in self.plan.samples],
+            batch_ms=self.batch_ms[-loop:],  # all of them, where nothing is looped
             budget=Budget(
                 read_ms=self.read_ms,
                 wait_ms=self.wait_ms,
@@ -127,6 +129,8 @@ class _Batch:
 
     def names(self) -> str:
         """The samples in it, for a sentence."""
+        if self.run.plan.loop:
+            return "noise"
         return ", ".join(dict.fromkeys(self.slots[place].sample.name for place in self.active))
 
 
@@ -266,7 +270,10 @@ class Pipeline:
     def _begin(self, plan: Plan) -> _Run:
         if plan.attempt_id in self._runs:
             return self._runs[plan.attempt_id]
-        if plan.canary is None:
+        reducer: Reducer
+        if plan.loop:
+            reducer = Deaf()
+        elif plan.canary is None:
             reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
         else:
             reducer = Listener(plan.load.path, plan.canary)
@@ -379,8 +386,8 @@ class Pipeline:
     def _fill(self, batch: _Batch) -> None:
         assert batch.given is not None
         array, run = batch.given.array, batch.run
-        if run.plan.canary is not None:
-            canary.fill(array, run.plan.canary)
+        if run.plan.loop or run.plan.canary is not None:
+            canary.fill(array, run.plan.canary or 0)
             return
         for place in range(len(array)):
             if place in batch.active:

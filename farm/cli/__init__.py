@@ -13,7 +13,22 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import cluster, data, database, demo, devices, events, export, flower, jobs, local, models, results
+from farm.cli import (
+    bench,
+    cluster,
+    data,
+    database,
+    demo,
+    devices,
+    events,
+    export,
+    flower,
+    jobs,
+    local,
+    models,
+    results,
+    suite,
+)
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -42,6 +57,8 @@ for command in (
     results.show,
     results.rescore,
     jobs.cancel,
+    bench.bench,
+    suite.suite,
     events.events,
     devices.doctor,
     local.up,

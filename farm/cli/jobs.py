@@ -70,13 +70,13 @@ def submit(
         if dry_run:
             _show_plans(plans, as_json)
         else:
-            _show_submitted(_create(settings, database, plans), settings, as_json)
+            _show_submitted(create(settings, database, plans), settings, as_json)
         return
     # The farm starts while this process is still importing and planning.
     with local.joined(settings) as keep_farm:
         database = _open(settings)
         plans = _plans(settings, database, sizes, **wanted)
-        job_ids = _create(settings, database, plans)
+        job_ids = create(settings, database, plans)
         code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
     raise typer.Exit(code)
 
@@ -161,7 +161,7 @@ def jobs(limit: Annotated[int, typer.Option(min=1)] = 20, as_json: Json = False)
             spec.artifact.backend,
             *([str(spec.priority)] if ranked else []),
             p.job.state.value,
-            f"{p.finished_samples}/{spec.samples}",
+            "speed" if spec.loop else f"{p.finished_samples}/{spec.samples}",
             str(p.failed_samples),
             datetime.fromtimestamp(p.job.created).strftime("%Y-%m-%d %H:%M"),
         )
@@ -287,7 +287,7 @@ def _plans(settings: Settings, database: Database, sizes: list[int], **wanted: A
     return [plan(settings, database, Request(bs=bs, **wanted)) for bs in sizes]
 
 
-def _create(settings: Settings, database: Database, plans: list[Plan]) -> list[int]:
+def create(settings: Settings, database: Database, plans: list[Plan]) -> list[int]:
     """Write the jobs, then ring for them; without a farm the rows wait for one."""
     from tasks.submission import submit as write
 
@@ -313,16 +313,11 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
     for p in plans:
         mark = " (simulated)" if p.spec.artifact.backend == "simulated" else ""
         print(
-            f"{p.spec.model} bs {p.spec.bs}{mark}: {_extent(p)} in {len(p.shards)} shards on "
+            f"{p.spec.model} bs {p.spec.bs}{mark}: {p.spec.extent} in {len(p.shards)} shards on "
             f"{len(p.device_names)} devices ({', '.join(p.device_names)}), {p.bin_bytes / 1e9:.2f} GB to read, "
             f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device, {p.ring_bytes / 1e6:.0f} MB of buffers "
             f"each; artifact {p.spec.artifact}. Nothing is missing."
         )
-
-
-def _extent(plan: Plan) -> str:
-    spec = plan.spec
-    return f"{spec.samples} images of {spec.windows} windows" if spec.windows else f"{spec.samples} samples"
 
 
 def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool, what: str = "submitted") -> None:
