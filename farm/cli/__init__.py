@@ -13,7 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import cluster, data, database, demo, devices, events, export, flower, jobs, local, models, results
+from farm.cli import (
+    cluster,
+    compiling,
+    data,
+    database,
+    demo,
+    devices,
+    events,
+    export,
+    flower,
+    jobs,
+    local,
+    models,
+    results,
+)
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -32,6 +46,7 @@ for command in (
     data.prepare,
     data.import_,
     export.export,
+    compiling.compile_,
     jobs.submit,
     jobs.wait,
     jobs.retry,
