@@ -171,7 +171,7 @@ def run(command: Sequence[str], output: str, directory: Path, log: Path) -> Path
     made = [path for path in (directory / f"{output}.om", *directory.glob(f"{output}_linux*.om")) if path.is_file()]
     if code == 0 and made and made[0].stat().st_size and "ATC run failed" not in text:
         return made[0]
-    raise FarmError(f"{reason(code, text)}\nAll that it said is in {log}")
+    raise FarmError(f"{output}.om was not made: {reason(code, text)}\nAll that ATC said is in {log}")
 
 
 def _environment() -> dict[str, str]:

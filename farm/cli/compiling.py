@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,6 @@ def compile_(
 
     farm compile conformer --bs 8 -- --precision_mode=allow_mix_precision
     """
-    import sys
-
     from farm import compiled, zoo
     from farm.settings import load_settings, make_home
 
@@ -58,7 +57,8 @@ def compile_(
         return
     make_home(settings)
     if any(order.further.has_aipp for order in orders):
-        print("with --insert_op_conf its file says what the model takes; jobs refuse what is not bins", file=sys.stderr)
+        said = "the file of --insert_op_conf decides what the model takes: jobs refuse it unless their bins are that"
+        print(said, file=sys.stderr)
     done = []
     with _interruptible():
         for order in orders:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -380,11 +380,11 @@ def test_a_failure_is_a_sentence_with_atcs_own_words_and_leaves_the_store_as_it_
     said = store.farm("compile", "lvvit", "--bs", "4", code=1)
 
     error = said[said.index("error: ") :].splitlines()
-    assert error[0].startswith(f"error: {sentence}")
+    assert error[0].startswith(f"error: {NAME}.om was not made: {sentence}")
     for line in lines:
         assert any(line in each for each in error[1:-1]), error
     log = store.root / "home" / "log" / f"atc-{NAME}.log"
-    assert error[-1] == f"All that it said is in {log}"
+    assert error[-1] == f"All that ATC said is in {log}"
     assert "ATC" in log.read_text() or "atc" in log.read_text()
     assert store.files() == before
     assert not os.listdir(store.root / "tmp")
@@ -485,24 +485,29 @@ def test_an_interrupt_ends_all_that_atc_started_and_leaves_nothing(number: int, 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     hangs = Path(f"{store.trace}.hangs")
     pids = wait_for(lambda: hangs.exists() and hangs.read_text(), what="ATC hangs").split()
-    assert all(psutil.pid_exists(int(pid)) for pid in pids)
+    started = [psutil.Process(int(pid)) for pid in pids]
     assert os.listdir(store.root / "tmp")
 
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-
-    assert process.returncode == 130
-    assert out == ""
-    assert "Traceback" not in err
-    wait_for(lambda: not any(is_running(int(pid)) for pid in pids), what="ATC and its child end")
-    assert store.files() == before
-    assert not os.listdir(store.root / "tmp")
-    assert not os.listdir(store.root / "home" / "log")
-
-
-def is_running(pid: int) -> bool:
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+
+        assert process.returncode == 130
+        assert out == ""
+        assert "Traceback" not in err
+        wait_for(lambda: not any(is_running(each) for each in started), what="ATC and its child end")
+        assert store.files() == before
+        assert not os.listdir(store.root / "tmp")
+        assert not os.listdir(store.root / "home" / "log")
+    finally:
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
