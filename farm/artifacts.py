@@ -63,11 +63,15 @@ class Artifact(BaseModel):
     versions: Mapping[str, str] = {}
     max_abs_diff: float | None = None  #: against PyTorch in float32, on seeded input, at this batch size
     created: str = ""
+    source_sha256: str = ""  #: of the ONNX file that it was compiled from
+    command: str = ""  #: the compiler's, as it can be typed
+    conf_sha256: Mapping[str, str] = {}  #: of the files that the command names beside the graph, by path
 
     def __str__(self) -> str:
         form = [f"head {self.head}"] if self.head else []
         form += [f"input {self.input.dtype}"] if self.input.dtype != "float32" else []
-        about = ", ".join([self.backend, f"bs {self.bs}", *form, f"sha256 {self.sha256[:12]}"])
+        backend = f"acl on {self.soc}" if self.backend == "acl" else self.backend
+        about = ", ".join([backend, f"bs {self.bs}", *form, f"sha256 {self.sha256[:12]}"])
         return f"{self.file or self.backend} ({about})"
 
 
@@ -131,10 +135,17 @@ def simulated(spec: ModelSpec, bs: int, head: str = "") -> Artifact:
 
 
 def choose(
-    data_dir: Path, spec: ModelSpec, bs: int, *, backend: str | None, wanted: str | None, head: str | None = None
+    data_dir: Path,
+    spec: ModelSpec,
+    bs: int,
+    *,
+    backend: str | None,
+    wanted: str | None,
+    head: str | None = None,
+    dtype: str | None = None,
 ) -> Artifact:
     """
-    The one artifact a job freezes: the only one that fits model, batch size and head, or the one asked for.
+    The one artifact a job freezes: the only one that fits model, batch size, head and input, or the one asked for.
 
     `wanted` is a sha256 prefix or a path. Raises `UsageError` when none or several fit.
     """
@@ -146,6 +157,7 @@ def choose(
         return simulated(spec, bs, head or next(iter(spec.heads), ""))
     everything = list(stored(data_dir, spec.name))
     fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend) and head in (None, a.head)]
+    fitting = [a for a in fitting if dtype in (None, a.input.dtype)]
     if wanted:
         sha256 = sha256_of(Path(wanted)) if Path(wanted).is_file() else wanted.lower()
         fitting = [a for a in fitting if a.sha256.startswith(sha256) or a.file == wanted]
@@ -153,13 +165,20 @@ def choose(
         return fitting[0]
     if fitting:
         listing = "\n".join(f"  {a}" for a in fitting)
-        options = "--artifact SHA or --head" if spec.heads else "--artifact SHA"
+        several_backends = len({a.backend for a in fitting}) > 1
+        options = " or ".join(
+            ["--artifact SHA", *(["--backend"] if several_backends else []), *(["--head"] if spec.heads else [])]
+        )
         raise UsageError(f"several artifacts of {spec.name} fit bs {bs}; choose one with {options}:\n{listing}")
     exported = ", ".join(sorted({str(a.bs) for a in everything})) or "none"
     raise UsageError(
         f"no artifact of {spec.name} for bs {bs}"
         + (f" and backend {backend}" if backend else "")
+        + (f" and {dtype} input" if dtype else "")
         + (f" matches {wanted!r}" if wanted else "")
         + f" in {directory(data_dir, spec.name)} (batch sizes there: {exported}). "
         f"Make one: farm export {spec.name} --weights CKPT --bs {bs}"
+        + (f" --head {head}" if head else "")
+        + (f" --input {dtype}" if dtype not in (None, spec.input.dtype) else "")
+        + (f", then farm compile {spec.name} --bs {bs}" if backend == "acl" else "")
     )

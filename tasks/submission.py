@@ -125,12 +125,12 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
 
 
 def choose(settings: Settings, database: Database, spec: ModelSpec, request: Request) -> Artifact:
-    """The artifact that what is asked for needs; a farm that simulates only, needs none. `UsageError` if none fits."""
+    """The artifact that what is asked for needs. `UsageError` if none fits."""
     return artifacts.choose(
         settings.data_dir,
         spec,
         request.bs,
-        backend=request.backend or ("simulated" if _simulates_only(settings, database) else None),
+        backend=request.backend or _usual_backend(settings, database),
         wanted=request.artifact,
         head=request.head,
     )
@@ -182,12 +182,12 @@ def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:
     return written
 
 
-def _simulates_only(settings: Settings, database: Database) -> bool:
-    """Whether all devices there are, are simulated: what is asked of them without a word is simulated, too."""
+def _usual_backend(settings: Settings, database: Database) -> str | None:
+    """What all devices there are serve first: acl on NPUs, ort on CPUs, simulated on a farm that simulates only."""
     with database.read() as conn:
-        found = {d.backends for d in devices.live(conn, database, settings.lease_s)}
-    found |= {d.backends for d in local.devices(settings)} if settings.is_embedded else set()
-    return found == {("simulated",)}
+        found = {d.backends[0] for d in devices.live(conn, database, settings.lease_s)}
+    found |= {d.backends[0] for d in local.devices(settings)} if settings.is_embedded else set()
+    return found.pop() if len(found) == 1 else None
 
 
 def _device_names(settings: Settings, database: Database, request: Request, backend: str) -> tuple[str, ...]:

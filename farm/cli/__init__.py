@@ -16,6 +16,7 @@ import typer
 from farm.cli import (
     bench,
     cluster,
+    compiling,
     data,
     database,
     demo,
@@ -47,6 +48,7 @@ for command in (
     data.prepare,
     data.import_,
     export.export,
+    compiling.compile_,
     jobs.submit,
     jobs.wait,
     jobs.retry,

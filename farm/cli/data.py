@@ -1,10 +1,10 @@
-"""``farm prepare`` and ``farm import``: images, or bins that others made, to bins and a manifest."""
+"""``farm prepare`` and ``farm import``: images, or bins that others made, to bins and a manifest; others' .om files."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -89,26 +89,54 @@ def prepare(
 
 
 def import_(
-    bins: Annotated[Path, typer.Argument(metavar="BINS", help="Folder of .bin files that published scripts made.")],
-    recipe: Annotated[str, typer.Option(metavar="RECIPE", help="What made them: lvvit, in256 or seg.")],
+    path: Annotated[Path, typer.Argument(metavar="BINS|OM", help="Folder of .bin files, or an .om that ATC made.")],
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="What made bins: lvvit, in256 or seg.")] = None,
     labels: _Labels = None,
     annotations: _Annotations = None,
-    input_type: _Input = "float32",
+    input_type: Annotated[
+        str | None, typer.Option("--input", metavar="float32|uint8", help="Type of the bins, or what the .om takes.")
+    ] = None,
     subset: _Subset = False,
     processes: _Processes = None,
+    model: Annotated[str | None, typer.Option(metavar="MODEL", help="Of an .om: which model it is.")] = None,
+    bs: Annotated[int | None, typer.Option(help="Of an .om: its batch size.")] = None,
+    soc: Annotated[str | None, typer.Option(help="Of an .om: its chip, Ascend310P3 if not given.")] = None,
+    head: Annotated[str | None, typer.Option(help="Of an .om of swin: full, small or deployed.")] = None,
+    onnx: Annotated[
+        str | None, typer.Option(help="Of an .om: the exported graph it was compiled from, sha256 or file.")
+    ] = None,
     json: _Json = False,
 ) -> None:
-    """Take over bins that the published scripts made, after a look into each; files are linked where possible.
+    """Take over bins that the published scripts made, or a model that ATC compiled elsewhere, after a look at each.
+
+    Bins are linked where possible, an .om is copied to where farm export and farm compile put theirs.
 
     Exit codes: 0 done, 3 done but some bins could not be used, 1 failed, 2 usage.
 
     farm import databin --recipe in256 --labels val_label.txt
+
+    farm import lvvit_bs4.om --model lvvit --bs 4
     """
+    of_bins = {"--recipe": recipe, "--labels": labels, "--annotations": annotations, "--subset": subset or None}
+    of_om = {"--model": model, "--bs": bs, "--soc": soc, "--head": head, "--onnx": onnx}
+    if path.suffix == ".om":
+        _check_kind(path, "an .om, which takes --model and --bs", {**of_bins, "--processes": processes})
+        if model is None or bs is None:
+            raise UsageError(f"say what {path} is: farm import {path} --model MODEL --bs N")
+        from farm.cli.compiling import import_om
+
+        import_om(path, model, bs, soc=soc, head=head, dtype=input_type, graph=onnx, as_json=json)
+        return
+    if path.is_file():
+        raise UsageError(f"{path} is a file that does not end in .om: expected an .om, or a folder of .bin files")
+    _check_kind(path, "a folder of bins, which takes --recipe", of_om)
+    if recipe is None:
+        raise UsageError(f"say what made the bins in {path}: farm import {path} --recipe lvvit, in256 or seg")
     from farm.data import recipes
     from farm.data.importing import import_bins
     from farm.settings import load_settings
 
-    asked = _Asked(name=recipe, recipe=recipes.get(recipe, input_type), json=json)
+    asked = _Asked(name=recipe, recipe=recipes.get(recipe, input_type or "float32"), json=json)
     _check_truth(asked, labels, annotations)
     truth = annotations if asked.is_segmentation else labels
     if truth is None:
@@ -116,9 +144,15 @@ def import_(
     data_dir = load_settings().data_dir
     with _shown() as progress:
         prepared = import_bins(
-            bins, truth, asked.recipe, data_dir, subset=subset, processes=processes, progress=progress
+            path, truth, asked.recipe, data_dir, subset=subset, processes=processes, progress=progress
         )
     _finish(asked, prepared)
+
+
+def _check_kind(path: Path, kind: str, others: Mapping[str, object]) -> None:
+    """`UsageError` for options of the other kind."""
+    if strange := [option for option, value in others.items() if value is not None]:
+        raise UsageError(f"{path} is {kind}: leave out {', '.join(strange)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from db import jobs
 from db.engine import Database, open_database
-from farm import artifacts, zoo
+from farm import artifacts, atc, zoo
 from farm.data import manifest
 from farm.errors import FarmError
 from farm.reports.status import ago, device_lines
@@ -51,6 +51,7 @@ def examine(settings: Settings) -> list[Finding]:
         ("farm", lambda: _farm(settings)),
         ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in local.devices(settings))),
         ("export", _export),
+        ("compile", _compile),
     ]
     findings = [_look(what, check) for what, check in checks]
     return [*findings, *_stored(settings), *_data(settings)]
@@ -153,6 +154,11 @@ def _farm(settings: Settings) -> str:
 
 def _export() -> str:
     return "torch is installed" if importlib.util.find_spec("torch") else "no torch: farm export needs farm[export]"
+
+
+def _compile() -> str:
+    program = shutil.which("atc")
+    return f"{program}, CANN {atc.version() or 'of unknown version'}" if program else "no atc: farm compile needs CANN"
 
 
 def _data(settings: Settings) -> Iterator[Finding]:

@@ -145,6 +145,22 @@ def test_several_artifacts_are_a_usage_error_that_lists_them(tmp_path: Path) -> 
         choose(tmp_path)
 
 
+def test_a_graph_and_what_was_compiled_from_it_are_chosen_between_by_backend(tmp_path: Path) -> None:
+    store(tmp_path, artifact_of(file="a.onnx"), artifact_of(file="b.om", backend="acl", soc="Ascend310P3"))
+
+    with pytest.raises(
+        UsageError, match=r"(?s)choose one with --artifact SHA or --backend:.*b\.om \(acl on Ascend310P3, bs 1, sha256"
+    ):
+        choose(tmp_path)
+
+
+def test_an_artifact_for_npus_is_made_by_compiling(tmp_path: Path) -> None:
+    store(tmp_path, artifact_of())
+
+    with pytest.raises(UsageError, match=r"farm export lvvit --weights CKPT --bs 1, then farm compile lvvit --bs 1$"):
+        choose(tmp_path, backend="acl")
+
+
 @pytest.mark.parametrize("wanted", ["bb", "b" * 64, "b.onnx"])
 def test_of_several_artifacts_the_one_asked_for_is_chosen(tmp_path: Path, wanted: str) -> None:
     store(tmp_path, artifact_of(file="a.onnx", sha256="a" * 64), artifact_of(file="b.onnx", sha256="b" * 64))

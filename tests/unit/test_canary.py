@@ -90,3 +90,19 @@ def test_a_damaged_reference_is_none(artifact: Path, outputs: canary.Array, cont
 
 def test_a_reference_of_another_output_is_none(artifact: Path, outputs: canary.Array) -> None:
     assert canary.distance(artifact, outputs[:, :100], 0) is None
+
+
+def test_a_compiled_artifact_is_compared_with_its_source(artifact: Path, outputs: canary.Array) -> None:
+    compiled = artifact.with_name("compiled.om")
+
+    canary.copy_reference(artifact, compiled)
+
+    assert canary.has_reference(compiled)
+    assert canary.distance(compiled, outputs, 0) == 0
+
+
+@pytest.mark.parametrize("source", [None, Path("none.onnx")])
+def test_without_a_source_nothing_of_another_file_is_left(source: Path | None, artifact: Path) -> None:
+    canary.copy_reference(source and artifact.with_name(source.name), artifact)
+
+    assert not canary.has_reference(artifact)
