@@ -93,6 +93,7 @@ class JobSpec:
     devices: tuple[str, ...] = ()  #: only these; empty: all that match
     priority: int = 0  #: higher goes first
     allow_failed: int = 0
+    keep_logits: bool = False  #: raw outputs are kept, on the hosts they were made on
     provenance: Mapping[str, object]
 
 

@@ -18,17 +18,19 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import psutil
 from celery.signals import worker_ready
 
-from db import devices, jobs, shards
+from db import devices, jobs, results, shards
 from db.devices import Registration
 from db.engine import Database, open_database
 from db.shards import Ring, Started
-from farm import artifacts, canary
+from farm import artifacts, canary, logits
 from farm.data import manifest
 from farm.data.manifest import Manifest
 from farm.errors import (
@@ -42,7 +44,7 @@ from farm.errors import (
     JobError,
     StorageError,
 )
-from farm.jobs import Assignment, Canary, DeviceState, Failure, JobSpec, ShardResult, Verdict
+from farm.jobs import Assignment, Canary, DeviceState, Failure, Job, JobSpec, ShardResult, Verdict
 from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
@@ -154,7 +156,10 @@ class DeviceWorker:
             if started is None:
                 return "stale"
             try:
-                return self._attempt(started)
+                outcome = self._attempt(started)
+                if outcome != "won":
+                    self._remove_logits(started.assignment)
+                return outcome
             except StorageError as exc:
                 if not isinstance(exc, InvariantBroken):
                     raise
@@ -162,6 +167,7 @@ class DeviceWorker:
             except Exception as exc:
                 log.exception("%s broke", started.assignment.task_id)
                 error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
+            self._remove_logits(started.assignment)
             return self._failed(started.assignment, error)
         except StorageError:  # no fault of the device's, and what became of the attempt is not known
             log.exception("the database was away for a lease; leaving, so that a new incarnation takes over")
@@ -252,6 +258,7 @@ class DeviceWorker:
         if not rings:
             with suppress(StorageError):  # the coordinator will do it
                 self._settle(assignment.job.id)
+                self._tidy(assignment.job)
         return "won"
 
     def _persist(self, what: str, verb: Callable[[], T]) -> T:
@@ -273,6 +280,21 @@ class DeviceWorker:
         if finished:
             with self._database.write() as conn:
                 jobs.settle(conn, self._database, job_id)
+
+    def _remove_logits(self, assignment: Assignment) -> None:
+        """Of an attempt that did not win; where this fails, whoever reads the job's files does it."""
+        with suppress(OSError):
+            self._logits_path(assignment).unlink(missing_ok=True)
+
+    def _tidy(self, job: Job) -> None:
+        """Remove what attempts that died have left on this host."""
+        if job.spec.keep_logits:
+            with self._database.read() as conn:
+                logits.tidy(logits.directory(self._settings.data_dir, job), partial(results.useless, conn))
+
+    def _logits_path(self, assignment: Assignment) -> Path:
+        directory = logits.directory(self._settings.data_dir, assignment.job)
+        return directory / logits.file_name(assignment.shard, assignment.attempt_id)
 
     def _failed(self, assignment: Assignment, error: FarmError) -> str:
         failure = _kind(error)
@@ -310,6 +332,9 @@ class DeviceWorker:
         spec = assignment.job.spec
         data_dir = self._settings.data_dir
         samples = self._manifest(spec).samples[assignment.start : assignment.stop]
+        if spec.keep_logits:
+            outputs = sum(sample.parts for sample in samples)
+            logits.check_room(data_dir, outputs * spec.artifact.output.nbytes // spec.bs)
         return Plan(
             attempt_id=assignment.attempt_id,
             load=self._load(spec),
@@ -318,6 +343,7 @@ class DeviceWorker:
             samples=samples,
             isolating=assignment.isolating,
             non_finite_before=assignment.non_finite_before,
+            logits=self._logits_path(assignment) if spec.keep_logits else None,
         )
 
     def _load(self, spec: JobSpec) -> Load:

@@ -13,7 +13,21 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import cluster, data, database, demo, devices, events, export, flower, jobs, local, models, results
+from farm.cli import (
+    cluster,
+    data,
+    database,
+    demo,
+    devices,
+    events,
+    export,
+    flower,
+    ingest,
+    jobs,
+    local,
+    models,
+    results,
+)
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -40,7 +54,9 @@ for command in (
     jobs.status,
     jobs.report,
     results.show,
+    results.results,
     results.rescore,
+    ingest.ingest,
     jobs.cancel,
     events.events,
     devices.doctor,

@@ -1,8 +1,9 @@
-"""farm show, farm rescore: what the rows of a job hold beside its report."""
+"""farm show, results, rescore: what the rows of a job hold beside its report."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 
 JobId = Annotated[int, typer.Argument(help="Number of the job.")]
 FORMATS = ("picture", "mask")
+DONE_WITH_ERRORS = 3
 
 
 def show(
@@ -79,3 +81,53 @@ def rescore(
         print(json.dumps(found, indent=2))
     else:
         show_metrics(found, Console())
+
+
+def results(
+    job: JobId,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="A folder that is not there, or empty.")
+    ],
+    outfmt: Annotated[str, typer.Option(help="TXT, BIN or NPY.")] = "BIN",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """
+    Write the raw outputs of a job as ais_bench would have: a file a bin, and DIR_summary.json beside them.
+
+    For jobs submitted with --keep-logits; each host has the outputs of what it ran.
+
+    farm results 3 --outfmt TXT --output result/lvvit_bs4
+    """
+    from db.engine import open_database
+    from farm.reports.outputs import absent, write
+    from farm.settings import load_settings
+
+    settings = load_settings()
+    found = write(open_database(settings), settings, job, outfmt, output)
+    if found.job.simulated:
+        print("simulated: these are outputs of a device that is none", file=sys.stderr)
+    for name, reason in found.failed.items():
+        print(f"left out: {name}, {reason}", file=sys.stderr)
+    for clause in absent(found):
+        print(f"left out: {clause}", file=sys.stderr)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "job": job,
+                    "simulated": found.job.simulated,
+                    "folder": str(output),
+                    "format": outfmt,
+                    "files": found.files,
+                    "failed": [{"name": name, "reason": reason} for name, reason in found.failed.items()],
+                    "elsewhere": {host: [w.shard for w in those] for host, those in found.elsewhere.items()},
+                    "removed": [winner.shard for winner in found.gone],
+                    "altered": found.altered,
+                },
+                indent=2,
+            )
+        )
+    else:
+        print(f"{output}: {found.files} files")
+    if absent(found) or len(found.failed) > found.job.spec.allow_failed:
+        raise typer.Exit(DONE_WITH_ERRORS)
