@@ -155,9 +155,11 @@ class Reader:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(0, size - _LENGTH))
                 length = int.from_bytes(file.read(), "little")
-                file.seek(max(0, size - _LENGTH - length))
+                if length > size - _LENGTH:
+                    raise ValueError("it was cut off")
+                file.seek(size - _LENGTH - length)
                 self.rows = [Row(*fields) for fields in json.loads(file.read(length))["rows"]]
-        except (OSError, ValueError, KeyError, TypeError, OverflowError) as exc:
+        except (OSError, ValueError, KeyError, TypeError) as exc:
             raise DataError(f"{path} holds no raw outputs: {exc}") from exc
         if size != len(self.rows) * self._nbytes + length + _LENGTH:
             raise DataError(f"{path} has {size} bytes, which {len(self.rows)} outputs of {shape} do not come to")

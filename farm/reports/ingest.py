@@ -81,7 +81,7 @@ def ingest(
     by_stem: dict[str, list[Path]] = {}
     for path in files:
         named = _stem(path)
-        stems = [named] if named in owners else short.get(named, [])
+        stems = [named] if named in owners else short.get(named.partition(".")[0], [])
         if len(stems) > 1:
             raise DataError(f"{path} may be of {' or '.join(stems[:2])}, for published names end at the first dot")
         if not stems:
@@ -90,7 +90,7 @@ def ingest(
             by_stem.setdefault(stem, []).append(path)
     if not by_stem:
         raise DataError(
-            f"none of the {len(files) + len(strangers)} files in {folder} has the name of a sample's results, "
+            f"none of the {SUFFIXES[form]} files in {folder} has the name of a sample's results, "
             f"expected {next(iter(owners), 'NAME').partition('.')[0]}_0{SUFFIXES[form]} and {len(owners) - 1} others"
         )
     shapes = [output.shape for output in spec.heads.values()] or [spec.output.shape]

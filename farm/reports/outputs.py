@@ -24,7 +24,7 @@ from farm.data import manifest
 from farm.errors import DataError, StorageError, UsageError
 from farm.jobs import Job, ResultState
 from farm.logits import Reader
-from farm.reports.published import finished, result_stems, timings
+from farm.reports.published import check_finished, result_stems, timings
 from farm.settings import Settings
 
 FORMATS = ("TXT", "BIN", "NPY")
@@ -39,7 +39,7 @@ class Written:
     job: Job
     files: int = 0
     failed: Mapping[str, str]  #: samples, and why
-    altered: list[str] = field(default_factory=list)  #: bins whose outputs are not what the device gave
+    altered: list[str] = field(default_factory=list)  #: files, and bins of which the outputs are not what they were
     elsewhere: dict[str, list[Winner]] = field(default_factory=dict)  #: shards whose files are on other hosts
     gone: list[Winner] = field(default_factory=list)  #: whose files are not where they were written: on this host
 
@@ -53,9 +53,10 @@ def write(database: Database, settings: Settings, job_id: int, form: str, folder
     if form not in FORMATS:
         raise UsageError(f"--outfmt {form}: expected {', '.join(FORMATS)}")
     with database.read() as conn:
-        job = finished(jobs.get(conn, job_id))
+        job = jobs.get(conn, job_id)
         if not job.spec.keep_logits:
             raise UsageError(f"{job} kept no raw outputs: submit it again with --keep-logits")
+        check_finished(job)
         winners = results.winners(conn, job_id)
         failed = {row.name: row.reason for row in results.rows(conn, job_id, state=ResultState.FAILED)}
         times = results.attempt_times(conn, job_id)
@@ -104,7 +105,7 @@ def absent(found: Written) -> list[str]:
         for host, those in sorted(found.elsewhere.items())
     ]
     said += [f"files of {_shards(found.gone)} were removed from this host"] if found.gone else []
-    return said + [f"outputs for {stem} were altered on this host's disk" for stem in found.altered]
+    return said + [f"what was kept of {what} was altered on this host's disk" for what in found.altered]
 
 
 def _shards(winners: list[Winner]) -> str:
@@ -118,7 +119,10 @@ def _readers(kept: Path, winners: Iterable[Winner], host: str, found: Written) -
     for winner in winners:
         path = kept / logits.file_name(winner.shard, winner.attempt_id)
         if path.exists():
-            yield Reader(path, output.dtype, output.shape[1:])
+            try:
+                yield Reader(path, output.dtype, output.shape[1:])
+            except DataError:
+                found.altered.append(path.name)
         elif winner.host == host:
             found.gone.append(winner)
         else:

@@ -65,12 +65,11 @@ def result_stems(stems: Iterable[str]) -> dict[str, str]:
     return named
 
 
-def finished(job: Job) -> Job:
+def check_finished(job: Job) -> None:
     """`UsageError` for a job that has not ended with a row a sample."""
-    if job.state in (JobState.DONE, JobState.DONE_WITH_ERRORS):
-        return job
-    hint = f"farm resume {job.id}" if job.state.is_final else f"farm wait {job.id}"
-    raise UsageError(f"job {job.id} is {job.state.value}: published results are of finished jobs; {hint} first")
+    if job.state not in (JobState.DONE, JobState.DONE_WITH_ERRORS):
+        hint = f"farm resume {job.id}" if job.state.is_final else f"farm wait {job.id}"
+        raise UsageError(f"job {job.id} is {job.state.value}: published results are of finished jobs; {hint} first")
 
 
 def build(database: Database, job_id: int, form: str) -> Published:
@@ -78,7 +77,8 @@ def build(database: Database, job_id: int, form: str) -> Published:
     if form not in FORMATS:
         raise UsageError(f"--format {form}: expected {', '.join(FORMATS)}")
     with database.read() as conn:
-        job = finished(jobs.get(conn, job_id))
+        job = jobs.get(conn, job_id)
+        check_finished(job)
         if FORMATS[form] not in ("", job.spec.dataset):
             fitting = [name for name, dataset in FORMATS.items() if dataset in ("", job.spec.dataset)]
             raise UsageError(f"--format {form} is not for {job.spec.model}: expected {', '.join(fitting)}")
