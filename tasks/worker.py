@@ -156,10 +156,7 @@ class DeviceWorker:
             if started is None:
                 return "stale"
             try:
-                outcome = self._attempt(started)
-                if outcome != "won":
-                    self._remove_logits(started.assignment)
-                return outcome
+                return self._attempt(started)
             except StorageError as exc:
                 if not isinstance(exc, InvariantBroken):
                     raise
@@ -167,7 +164,6 @@ class DeviceWorker:
             except Exception as exc:
                 log.exception("%s broke", started.assignment.task_id)
                 error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
-            self._remove_logits(started.assignment)
             return self._failed(started.assignment, error)
         except StorageError:  # no fault of the device's, and what became of the attempt is not known
             log.exception("the database was away for a lease; leaving, so that a new incarnation takes over")
@@ -253,12 +249,13 @@ class DeviceWorker:
             ),
         )
         if rings is None:
+            self._tidy(assignment.job)
             return "fenced"
         ring(self._app, rings)
         if not rings:
             with suppress(StorageError):  # the coordinator will do it
                 self._settle(assignment.job.id)
-                self._tidy(assignment.job)
+            self._tidy(assignment.job)
         return "won"
 
     def _persist(self, what: str, verb: Callable[[], T]) -> T:
@@ -281,15 +278,13 @@ class DeviceWorker:
             with self._database.write() as conn:
                 jobs.settle(conn, self._database, job_id)
 
-    def _remove_logits(self, assignment: Assignment) -> None:
-        """Of an attempt that did not win; where this fails, whoever reads the job's files does it."""
-        with suppress(OSError):
-            self._logits_path(assignment).unlink(missing_ok=True)
-
     def _tidy(self, job: Job) -> None:
-        """Remove what attempts that died have left on this host."""
+        """
+        Remove the raw outputs on this host that count nowhere, by what the database says: an attempt that looks fenced
+        may have won with a commit of which nothing was heard. Where this fails, whoever reads the job's files does it.
+        """
         if job.spec.keep_logits:
-            with self._database.read() as conn:
+            with suppress(StorageError), self._database.read() as conn:
                 logits.tidy(logits.directory(self._settings.data_dir, job), partial(results.useless, conn))
 
     def _logits_path(self, assignment: Assignment) -> Path:
@@ -307,6 +302,7 @@ class DeviceWorker:
                 )
 
         ring(self._app, self._persist(f"say that {assignment.task_id} failed", fail))
+        self._tidy(assignment.job)
         return f"failed ({failure.value})"
 
     def _declined(self, assignment: Assignment, error: HostError) -> str:

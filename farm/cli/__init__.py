@@ -13,21 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farm.cli import (
-    cluster,
-    data,
-    database,
-    demo,
-    devices,
-    events,
-    export,
-    flower,
-    ingest,
-    jobs,
-    local,
-    models,
-    results,
-)
+from farm.cli import cluster, data, database, demo, devices, events, export, flower, jobs, local, models, results
 from farm.errors import FarmError
 
 DETACHED = 130
@@ -56,7 +42,7 @@ for command in (
     results.show,
     results.results,
     results.rescore,
-    ingest.ingest,
+    results.ingest,
     jobs.cancel,
     events.events,
     devices.doctor,

@@ -212,7 +212,7 @@ def _only(paths: list[Path], stem: str, sample: Wanted) -> Path:
 def _is_simulated(folder: Path) -> bool:
     """Whether the summary beside the folder, if it is the farm's, says so."""
     try:
-        return bool(json.loads(summary_of(folder.absolute()).read_bytes()).get("simulated"))
+        return bool(json.loads(summary_of(folder).read_bytes()).get("simulated"))
     except (OSError, ValueError, AttributeError):
         return False
 

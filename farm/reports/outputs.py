@@ -95,6 +95,7 @@ def write(database: Database, settings: Settings, job_id: int, form: str, folder
 
 def summary_of(folder: Path) -> Path:
     """Where ais_bench puts what it says of a folder of results."""
+    folder = folder.resolve()
     return folder.with_name(f"{folder.name}_summary.json")
 
 

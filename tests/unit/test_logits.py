@@ -85,7 +85,7 @@ def test_files_of_useless_attempts_go_and_no_others(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).touch()
 
-    logits.tidy(tmp_path, lambda attempts: attempts & {2, 4, 9})
+    logits.tidy(tmp_path, lambda attempts: {2, 4, 9}.intersection(attempts))
 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.1.bin", "5.6.bin.abc.part", "notes.txt"]
     logits.tidy(tmp_path / "none", lambda attempts: attempts)
