@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -13,7 +13,7 @@ from sqlalchemy import insert as sql_insert
 
 from db import tables
 from farm.errors import InvariantBroken
-from farm.jobs import Assignment, AttemptState, Budget, ResultState, SampleResult, Segments
+from farm.jobs import LIVE, Assignment, AttemptState, Budget, ResultState, SampleResult, Segments
 
 _K = 5
 _CLASSES = [f"class{i}" for i in range(1, _K + 1)]
@@ -50,6 +50,16 @@ class AttemptTimes:
     samples: int
     batch_ms: NDArray[np.float32]  #: [batches, 3]: h2d, compute, d2h
     budget: Budget
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Winner:
+    """Whose rows are a shard's rows, and where it ran."""
+
+    shard: int  #: position in the job
+    attempt_id: int
+    host: str
+    samples: int
 
 
 def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleResult]) -> None:
@@ -154,6 +164,29 @@ def attempt_times(conn: Connection, job_id: int) -> list[AttemptTimes]:
         )
         for row in conn.execute(query)
     ]
+
+
+def winners(conn: Connection, job_id: int) -> list[Winner]:
+    """The attempts whose rows count, by shard."""
+    a, s, d = tables.attempt.c, tables.shard.c, tables.device.c
+    query = (
+        select(s.idx, a.id, d.host, s.start, s.stop)
+        .join(tables.attempt, a.id == s.winner)
+        .join(tables.device, d.name == a.device)
+        .where(s.job_id == job_id, a.state == AttemptState.WON.value)
+        .order_by(s.idx)
+    )
+    return [
+        Winner(shard=row.idx, attempt_id=row.id, host=row.host, samples=row.stop - row.start)
+        for row in conn.execute(query)
+    ]
+
+
+def useless(conn: Connection, attempts: Collection[int]) -> set[int]:
+    """Those of them that count nowhere, and never will."""
+    a = tables.attempt.c
+    counting = [state.value for state in (*LIVE, AttemptState.WON)]
+    return set(conn.execute(select(a.id).where(a.id.in_(attempts), a.state.not_in(counting))).scalars())
 
 
 def spent(conn: Connection, job_id: int) -> list[tuple[float, float]]:

@@ -95,6 +95,7 @@ class JobSpec:
     allow_failed: int = 0
     loop: int = 0  #: batches of noise to be timed on its one device: a job of speed, which has no samples
     together: tuple[str, ...] = ()  #: of a job of speed: the devices that are timed at the same time
+    keep_logits: bool = False  #: raw outputs are kept, on the hosts they were made on
     provenance: Mapping[str, object]
 
     @property

@@ -36,6 +36,7 @@ class Request:
     head: str | None = None
     priority: int = 0
     allow_failed: int = 0
+    keep_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Plan:
     device_names: tuple[str, ...]  #: that would serve it now
     device_fps: float  #: expected of one device
     bin_bytes: int
+    logits_bytes: int  #: of raw outputs that are kept
     ring_bytes: int  #: shared memory of a device, whatever the samples
     of_samples: int  #: that were prepared
 
@@ -66,6 +68,7 @@ class Plan:
             "devices": list(self.device_names),
             "bytes": self.bin_bytes,
             "ring_bytes": self.ring_bytes,
+            "logits_bytes": self.logits_bytes,
             "device_fps": round(self.device_fps, 2),
             "expected_s": round(self.expected_s, 1),
         }
@@ -108,6 +111,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             devices=request.devices,
             priority=request.priority,
             allow_failed=request.allow_failed,
+            keep_logits=request.keep_logits,
             provenance={
                 "versions": versions(),
                 "manifest": data.digest,
@@ -119,6 +123,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         device_names=names,
         device_fps=fps,
         bin_bytes=sum(parts) * artifact.input.nbytes // request.bs,
+        logits_bytes=sum(parts) * artifact.output.nbytes // request.bs if request.keep_logits else 0,
         ring_bytes=ring.nbytes(artifact.input.nbytes, artifact.output.nbytes),
         of_samples=len(data.samples),
     )

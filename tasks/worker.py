@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -25,11 +26,11 @@ from typing import Any, TypeVar
 import psutil
 from celery.signals import worker_ready
 
-from db import devices, jobs, shards
+from db import devices, jobs, results, shards
 from db.devices import Registration
 from db.engine import Database, open_database
 from db.shards import Ring, Started
-from farm import artifacts, canary
+from farm import artifacts, canary, logits
 from farm.data import manifest
 from farm.data.manifest import Manifest
 from farm.errors import (
@@ -43,7 +44,7 @@ from farm.errors import (
     JobError,
     StorageError,
 )
-from farm.jobs import Assignment, Canary, DeviceState, Failure, JobSpec, ShardResult, Verdict
+from farm.jobs import Assignment, Canary, DeviceState, Failure, Job, JobSpec, ShardResult, Verdict
 from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
@@ -257,11 +258,13 @@ class DeviceWorker:
             ),
         )
         if rings is None:
+            self._tidy(assignment.job)
             return "fenced"
         ring(self._app, rings)
         if not rings:
             with suppress(StorageError):  # the coordinator will do it
                 self._settle(assignment.job.id)
+            self._tidy(assignment.job)
         return "won"
 
     def _persist(self, what: str, verb: Callable[[], T]) -> T:
@@ -284,6 +287,19 @@ class DeviceWorker:
             with self._database.write() as conn:
                 jobs.settle(conn, self._database, job_id)
 
+    def _tidy(self, job: Job) -> None:
+        """
+        Remove the raw outputs on this host that count nowhere, by what the database says: an attempt that looks fenced
+        may have won with a commit of which nothing was heard. Where this fails, whoever reads the job's files does it.
+        """
+        if job.spec.keep_logits:
+            with suppress(StorageError), self._database.read() as conn:
+                logits.tidy(logits.directory(self._settings.data_dir, job), partial(results.useless, conn))
+
+    def _logits_path(self, assignment: Assignment) -> Path:
+        directory = logits.directory(self._settings.data_dir, assignment.job)
+        return directory / logits.file_name(assignment.shard, assignment.attempt_id)
+
     def _failed(self, assignment: Assignment, error: FarmError) -> str:
         failure = _kind(error)
         log.warning("%s failed: %s", assignment.task_id, error)
@@ -295,6 +311,7 @@ class DeviceWorker:
                 )
 
         ring(self._app, self._persist(f"say that {assignment.task_id} failed", fail))
+        self._tidy(assignment.job)
         return f"failed ({failure.value})"
 
     def _declined(self, assignment: Assignment, error: HostError) -> str:
@@ -331,6 +348,9 @@ class DeviceWorker:
             )
         data_dir = self._settings.data_dir
         samples = self._manifest(spec).samples[assignment.start : assignment.stop]
+        if spec.keep_logits:
+            outputs = sum(sample.parts for sample in samples)
+            logits.check_room(data_dir, outputs * spec.artifact.output.nbytes // spec.bs)
         return Plan(
             attempt_id=assignment.attempt_id,
             load=self._load(spec),
@@ -339,6 +359,7 @@ class DeviceWorker:
             samples=samples,
             isolating=assignment.isolating,
             non_finite_before=assignment.non_finite_before,
+            logits=self._logits_path(assignment) if spec.keep_logits else None,
         )
 
     def _load(self, spec: JobSpec) -> Load:

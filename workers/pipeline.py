@@ -23,8 +23,9 @@ import numpy as np
 
 from farm import canary, sharding
 from farm.data.manifest import Sample
-from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError
+from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError, HostError
 from farm.jobs import Budget, ResultState, SampleResult, ShardResult
+from farm.logits import Writer
 from workers.backends.base import Load, Times
 from workers.canary import EVERY, Deaf, Listener, samples
 from workers.device import DeviceProcess
@@ -65,6 +66,7 @@ class Plan:
     non_finite_before: bool = False
     canary: int | None = None  #: which one this is, and no attempt
     loop: int = 0  #: batches of noise to be timed; what they come to is nobody's business
+    logits: Path | None = None  #: file that keeps the raw outputs
 
     @property
     def bs(self) -> int:
@@ -77,6 +79,7 @@ class _Run:
 
     plan: Plan
     reducer: Reducer
+    logits: Writer | None
     rows: dict[str, SampleResult] = field(default_factory=dict)
     batch_ms: list[Times] = field(default_factory=list)
     read_ms: float = 0.0
@@ -171,7 +174,7 @@ class Pipeline:
         Evaluate a shard; every sample of it is in the result, scored or failed.
 
         Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `DataError` for a batch that the
-        backend blames, `JobError`, or `Aborted`.
+        backend blames, `HostError` where raw outputs cannot be kept, `JobError`, or `Aborted`.
         """
         with self._change:
             run = self._begin(plan)
@@ -184,7 +187,13 @@ class Pipeline:
         if run.error is not None:
             raise run.error
         if len(run.broke) == len(plan.samples) - run.unusable > 1:
+            if run.logits:
+                run.logits.discard()
             raise DeviceCrashed(f"every sample breaks the device process: {next(iter(run.broke.values()))}")
+        if run.logits:
+            if run.logits.is_discarded:
+                raise Aborted("the attempt was taken away")
+            run.logits.finish()
         return run.result()
 
     def read_ahead(self, plan: Plan) -> None:
@@ -277,7 +286,7 @@ class Pipeline:
             reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
         else:
             reducer = Listener(plan.load.path, plan.canary)
-        run = self._runs[plan.attempt_id] = _Run(plan, reducer)
+        run = self._runs[plan.attempt_id] = _Run(plan, reducer, Writer(plan.logits) if plan.logits else None)
         if self._closing:
             self._fail(run, Aborted("the worker is leaving"))
             return run
@@ -299,6 +308,8 @@ class Pipeline:
         if not run.ended.is_set():
             run.error = error
             run.ended.set()
+        if run.logits:
+            run.logits.discard()
         self._todo = deque(b for b in self._todo if b.run is not run)
         for batch in [b for b in self._ready if b.run is run]:
             self._ready.remove(batch)
@@ -560,9 +571,17 @@ class Pipeline:
                 self._in_hand += 1
             began = perf_counter()
             assert batch.wanted is not None
-            run, slots = batch.run, [batch.slots[place] for place in batch.active]
+            run, slots, outputs = batch.run, [batch.slots[place] for place in batch.active], batch.wanted.array
+            rows: list[SampleResult] = []
+            bad: list[Sample] = []
+            refused: HostError | None = None
             try:
-                rows, bad = run.reducer.take(batch.wanted.array, batch.active, slots, run.failed)
+                if run.logits and run.error is None:
+                    filled = zip(slots, batch.active, strict=True)
+                    run.logits.append((slot.sample, slot.part, outputs[place]) for slot, place in filled)
+                rows, bad = run.reducer.take(outputs, batch.active, slots, run.failed)
+            except HostError as exc:  # of the disk: the others may have nothing to keep
+                refused = exc
             except BaseException:
                 with self._change:
                     self._in_hand -= 1
@@ -578,7 +597,9 @@ class Pipeline:
                 run.holding.append(batch)
                 self._let_go(run)
                 run.rows.update((row.name, row) for row in rows)
-                if bad and run.plan.non_finite_before:
+                if refused is not None:
+                    self._fail(run, refused)
+                elif bad and run.plan.non_finite_before:
                     for sample in bad:
                         run.fail_sample(sample, "its scores are not finite numbers, on two attempts")
                 elif bad:

@@ -31,6 +31,8 @@ Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Wait for the end a
 DONE, FAILED, WITH_ERRORS, DETACHED = 0, 1, 3, 130
 #: Between pictures of farm status --watch.
 REDRAW_S = 0.5
+#: Bytes of raw outputs that are not kept without asking.
+MUCH = 10e9
 
 
 def submit(
@@ -44,6 +46,10 @@ def submit(
     allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 with up to N failed samples.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job would be and what is missing.")] = False,
     priority: Annotated[int, typer.Option(help="Higher goes first; equals share the devices.")] = 0,
+    keep_logits: Annotated[
+        bool, typer.Option("--keep-logits", help="Keep raw outputs on the workers' disks, for farm results.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, however much is kept.")] = False,
     wait: Wait = True,
     as_json: Json = False,
 ) -> None:
@@ -63,19 +69,22 @@ def submit(
         "head": head,
         "priority": priority,
         "allow_failed": allow_failed,
+        "keep_logits": keep_logits,
     }
     if dry_run or not wait:
         database = _open(settings)
         plans = _plans(settings, database, sizes, **wanted)
         if dry_run:
-            _show_plans(plans, as_json)
+            _show_plans(plans, settings, as_json)
         else:
+            _check_room(plans, settings, yes=yes)
             _show_submitted(create(settings, database, plans), settings, as_json)
         return
     # The farm starts while this process is still importing and planning.
     with local.joined(settings) as keep_farm:
         database = _open(settings)
         plans = _plans(settings, database, sizes, **wanted)
+        _check_room(plans, settings, yes=yes)
         job_ids = create(settings, database, plans)
         code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
     raise typer.Exit(code)
@@ -248,11 +257,24 @@ def _say_no_farm(settings: Settings, found: dict[str, Any]) -> None:
 def report(
     job: JobId,
     classes: Annotated[bool, typer.Option("--per-class", help="Of segmentation: IoU and Acc of each class.")] = False,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="As published: focal, focal-lines, conformer, twins, lvvit, swin, summary."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Print a job's report, as submit did when it ended; of a running job, what is known so far."""
+    """
+    Print a job's report, as submit did when it ended; of a running job, what is known so far.
+
+    farm report 3 --format conformer > acc_result.json
+    """
+    from farm.errors import UsageError
     from farm.settings import load_settings
 
+    if form is not None:
+        if as_json or classes:
+            raise UsageError("--format prints what published scripts do: neither --json nor --per-class goes with it")
+        raise typer.Exit(_publish(_open(load_settings()), job, form))
     raise typer.Exit(_report_all(_open(load_settings()), [job], as_json, classes=classes))
 
 
@@ -306,7 +328,35 @@ def _wake(settings: Settings, database: Database) -> None:
         dispatch.assign_and_ring(settings, database)
 
 
-def _show_plans(plans: list[Plan], as_json: bool) -> None:
+def _kept(plans: list[Plan], settings: Settings) -> str:
+    from farm import logits
+
+    kept, free = sum(p.logits_bytes for p in plans), logits.free_bytes(settings.data_dir)
+    where = "" if settings.is_embedded else ", shared out among the hosts that work"
+    return (
+        f"raw outputs take {logits.size(kept)} of {settings.data_dir / 'logits'}{where}; "
+        f"{logits.size(free)} are free there"
+    )
+
+
+def _check_room(plans: list[Plan], settings: Settings, *, yes: bool) -> None:
+    """Say what keeping raw outputs takes, and ask first where that is much. `UsageError` if there is nobody to ask."""
+    from farm import logits
+    from farm.errors import UsageError
+
+    kept = sum(p.logits_bytes for p in plans)
+    if not kept:
+        return
+    said, much = _kept(plans, settings), kept > min(MUCH, logits.free_bytes(settings.data_dir))
+    if much and not yes and not sys.stdin.isatty():
+        raise UsageError(f"{said}. Nothing was submitted: say --yes if that is meant")
+    print(said, file=sys.stderr)
+    if much and not yes and not typer.confirm("Submit it?", err=True):
+        print("nothing was submitted", file=sys.stderr)
+        raise typer.Exit(FAILED)
+
+
+def _show_plans(plans: list[Plan], settings: Settings, as_json: bool) -> None:
     if as_json:
         _print_json([p.as_json() for p in plans] if len(plans) > 1 else plans[0].as_json())
         return
@@ -317,6 +367,7 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
             f"{len(p.device_names)} devices ({', '.join(p.device_names)}), {p.bin_bytes / 1e9:.2f} GB to read, "
             f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device, {p.ring_bytes / 1e6:.0f} MB of buffers "
             f"each; artifact {p.spec.artifact}. Nothing is missing."
+            + (f" With --keep-logits, {_kept([p], settings)}." if p.logits_bytes else "")
         )
 
 
@@ -354,7 +405,35 @@ def _wait_and_report(settings: Settings, database: Database, job_ids: list[int],
 def _report_all(database: Database, job_ids: list[int], as_json: bool, *, classes: bool = False) -> int:
     from farm.reports.report import build
 
+    if any(_job(database, job_id).spec.loop for job_id in job_ids):
+        return _report_speed(database, job_ids, as_json)
     return _show_reports([build(database, job_id) for job_id in job_ids], as_json, classes=classes)
+
+
+def _report_speed(database: Database, job_ids: list[int], as_json: bool) -> int:
+    from farm.reports.speed import build, table
+
+    found = [build(database, job_id) for job_id in job_ids]
+    if as_json:
+        _print_json(found[0] if len(found) == 1 else found)
+    else:
+        _console(stderr=False).print(table(found))
+    return FAILED if any(speed["state"] in ("failed", "cancelled") for speed in found) else DONE
+
+
+def _publish(database: Database, job: int, form: str) -> int:
+    """Print a job as a published script would; what that has no words for goes to stderr."""
+    from farm.reports.published import build
+
+    found = build(database, job, form)
+    if found.job.simulated:
+        print("simulated: outputs and times of a device that is none", file=sys.stderr)
+    for name, reason in found.failed:
+        print(f"not in it: {name}, which failed: {reason}", file=sys.stderr)
+    for line in found.said:
+        print(line, file=sys.stderr)
+    print(found.text)
+    return WITH_ERRORS if len(found.failed) > found.job.spec.allow_failed else DONE
 
 
 def _show_reports(reports: list[dict[str, Any]], as_json: bool, *, classes: bool = False) -> int:

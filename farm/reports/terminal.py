@@ -68,13 +68,28 @@ def show_metrics(found: Report, console: Console) -> None:
     console.print(
         f"job {found['job']}: {found['model']} bs {found['bs']}{mark} against {found['labels']}", highlight=False
     )
+    console.print(_metrics(found, f"{found['samples']['scored']} scored"))
+
+
+def show_ingested(found: Report, console: Console) -> None:
+    """What results that others wrote are worth."""
+    mark = " (simulated)" if found["simulated"] else ""
+    about = f"{found['folder']}: {found['model']}, {found['format']}{mark} against {found['labels']} samples"
+    console.print(about, markup=False, highlight=False, soft_wrap=True)
+    samples = found["samples"]
+    partial = ": PARTIAL" if found["partial"] else ""
+    console.print(_metrics(found, f"{samples['scored']} scored of {samples['total']}{partial}"))
+    console.print(f"digest    {found['digest']}", highlight=False, soft_wrap=True)
+
+
+def _metrics(found: Report, samples: str) -> Table:
     table = Table("", "measured", "95 % interval", box=None, pad_edge=False)
     for name, value in found["metrics"].items():
         between = found["interval"][name]
         span = "-" if between is None else f"{between[0]:.3f} to {between[1]:.3f}"
         table.add_row(name, "-" if value is None else f"{value:.3f} %", span)
-    table.add_row("samples", f"{found['samples']['scored']} scored", "")
-    console.print(table)
+    table.add_row("samples", samples, "")
+    return table
 
 
 def _windows_a_s(report: Report) -> float | None:

@@ -1904,6 +1904,24 @@ def test_times_are_those_of_attempts_that_won(fleet: Fleet, database: Database) 
         assert len(results.attempt_times(conn, job.id)) == 1
 
 
+def test_winners_are_named_by_shard_with_their_hosts_and_what_counts_nowhere_is_useless(
+    fleet: Fleet, database: Database
+) -> None:
+    job = fleet.job(samples=8)
+    first, second = fleet.worker(0), fleet.worker(1)
+    lost = first.take()
+    first.hand_back()
+    won = second.take()
+    second.complete(won)
+    running = second.take()
+
+    with database.read() as conn:
+        (winner,) = results.winners(conn, job.id)
+        assert (winner.shard, winner.attempt_id, winner.host, winner.samples) == (won.shard, won.attempt_id, "h", 1)
+        known = {lost.attempt_id, won.attempt_id, running.attempt_id}
+        assert results.useless(conn, known | {10**9}) == {lost.attempt_id}
+
+
 def test_a_devices_speed_is_samples_over_the_time_it_was_busy(fleet: Fleet, database: Database) -> None:
     """A batch of 4 in 0.5 + 10 + 0.25 ms."""
     job = fleet.job(samples=8, bs=4)

@@ -115,5 +115,5 @@ def test_so_many_devices_as_asked_for_say_that_they_are_none(monkeypatch: pytest
 @pytest.mark.parametrize("text", ["8", "8x910B", "0x310P3", "x310P3", "8 x 310P3"])
 def test_what_cannot_be_simulated_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FARM_SIMULATE", text)
-    with pytest.raises(UsageError, match="FARM_SIMULATE: .*8x310P3"):
+    with pytest.raises(UsageError, match=r"FARM_SIMULATE: .*8x310P3"):
         load_settings()
