@@ -79,12 +79,14 @@ def build(database: Database, job_id: int, form: str) -> Published:
     with database.read() as conn:
         job = jobs.get(conn, job_id)
         check_finished(job)
+        if job.spec.loop and form != "summary":
+            raise UsageError(f"--format {form} is not for a job of speed: expected summary")
         if FORMATS[form] not in ("", job.spec.dataset):
             fitting = [name for name, dataset in FORMATS.items() if dataset in ("", job.spec.dataset)]
             raise UsageError(f"--format {form} is not for {job.spec.model}: expected {', '.join(fitting)}")
         rows = list(results.rows(conn, job_id))
         scored = [row for row in rows if row.state is ResultState.SCORED]
-        if not scored:
+        if not (scored or job.spec.loop):
             raise UsageError(f"job {job_id} has no scored sample")
         if form == "swin":
             text = per_class(segmented(results.areas(conn, job_id)))
@@ -93,7 +95,7 @@ def build(database: Database, job_id: int, form: str) -> Published:
             text = "\n".join(performance(batches, job.spec.bs))
         else:
             text = _classified(form, scored, job.spec.artifact.output.shape[-1])
-    means = np.mean([_hits(row) for row in scored], axis=0).tolist()
+    means = np.mean([_hits(row) for row in scored], axis=0).tolist() if form == "focal" else []
     return Published(
         job=job,
         text=text,

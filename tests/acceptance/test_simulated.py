@@ -56,6 +56,10 @@ def test_timings_are_the_references_and_the_slow_chips_are_not(farm: Farm) -> No
     job = found[CHIPS[0]]["job"]
     assert farm.sql("SELECT count(*) FROM result WHERE job_id = ?", job) == [(0,)]
     assert farm.json("report", str(job))["fps"] == found[CHIPS[0]]["fps"]
+    assert f"throughput 1000*batchsize(8)/NPU_compute_time.mean({compute['mean']}" in (
+        summary := farm.run("report", str(job), "--format", "summary").stdout
+    ), summary
+    assert "expected summary" in farm.run("report", str(job), "--format", "conformer", code=2).stderr
 
 
 def test_a_batch_size_without_memory_is_a_result(farm: Farm) -> None:
