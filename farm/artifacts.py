@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -63,6 +63,15 @@ class Artifact(BaseModel):
     versions: Mapping[str, str] = {}
     max_abs_diff: float | None = None  #: against PyTorch in float32, on seeded input, at this batch size
     created: str = ""
+
+    @property
+    def chip(self) -> str:
+        """The soc that a device must have, to the letter: what was compiled for one does not load on another."""
+        return "" if self.backend == "simulated" else self.soc
+
+    def runs_on(self, backends: Collection[str], soc: str) -> bool:
+        """Whether a device with these backends and this soc can run it."""
+        return self.backend in backends and self.chip in ("", soc)
 
     def __str__(self) -> str:
         form = [f"head {self.head}"] if self.head else []

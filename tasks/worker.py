@@ -1,7 +1,9 @@
 """
 A device's worker: one Celery worker (threads pool, concurrency 1) beside one device process.
 
-    python -m tasks.worker localhost:0
+    python -m tasks.worker localhost:0 [PEERS DEVICE]
+
+Of an NPU its supervisor says what it knows already: how many devices the host serves, and the device as JSON.
 
 It locks its device, registers a new incarnation, beats, answers its queue, and on SIGTERM finishes its shard, hands
 back what waits and leaves.
@@ -9,13 +11,14 @@ back what waits and leaves.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from types import FrameType
@@ -47,9 +50,9 @@ from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
 from tasks.dispatch import ring
-from workers import broker
+from workers import backends, broker
 from workers.backends.base import Load, TensorSpec
-from workers.devices import LocalDevice, cpu_model, discover, find, kind_of, lock, machine_id
+from workers.devices import LocalDevice, cpu_model, find, kind_of, lock, machine_id, serving
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
 
 T = TypeVar("T")
@@ -69,11 +72,13 @@ def current() -> DeviceWorker:
 class DeviceWorker:
     """What a doorbell wakes. `evaluate` runs in the pool's one thread, `_beat` in one of its own."""
 
-    def __init__(self, settings: Settings, database: Database, device: LocalDevice) -> None:
+    def __init__(self, settings: Settings, database: Database, device: LocalDevice, peers: int) -> None:
+        """`peers` is how many devices this host serves, this one among them."""
         self.device = device
         self._settings = settings
         self._database = database
-        self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(settings))
+        # Post-processing may use a device's share of the host's cores.
+        self._pipeline = Pipeline(settings.deadline_s, threads=max(1, len(os.sched_getaffinity(0)) // max(1, peers)))
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
@@ -203,7 +208,7 @@ class DeviceWorker:
         """What the device said to the canary it was asked, if it was."""
         try:
             answer = self._pipeline.answer()
-        except Aborted:
+        except (Aborted, HostError):
             raise
         except FarmError as exc:
             raise DeviceError(f"it fails at a canary: {exc}") from exc
@@ -289,7 +294,8 @@ class DeviceWorker:
 
     def _declined(self, assignment: Assignment, error: HostError) -> str:
         log.warning("%s cannot be done here: %s", assignment.task_id, error)
-        self._unfit[assignment.job.id] = assignment
+        if self._lacks(assignment):  # what cannot be seen from outside would be tried again and again
+            self._unfit[assignment.job.id] = assignment
 
         def decline() -> list[Ring]:
             with self._database.write() as conn:
@@ -404,13 +410,19 @@ class DeviceWorker:
 
     def _look_for_what_lacked(self) -> None:
         for job_id, assignment in list(self._unfit.items()):
-            try:
-                self._plan(assignment)
-            except FarmError:
+            if self._lacks(assignment):
                 continue
             with self._database.write() as conn:
                 jobs.fit_again(conn, self._database, job_id, self.device.host)
             self._unfit.pop(job_id)
+
+    def _lacks(self, assignment: Assignment) -> bool:
+        """Whether this host visibly lacks what a job needs."""
+        try:
+            backends.check_host(self._plan(assignment).load)
+        except FarmError:
+            return True
+        return False
 
     def _ask_in_quarantine(self) -> None:
         """A canary of what the device worked on last: if it answers, and is not wrong, it takes work again."""
@@ -440,13 +452,15 @@ class DeviceWorker:
             pid=me.pid,
             pid_started=me.create_time(),
             kind=kind_of(self.device),
-            info={"cpu": cpu_model(), "versions": versions(), "machine": machine_id()},
+            info={
+                "cpu": cpu_model(),
+                "versions": versions(),
+                "machine": machine_id(),
+                "forced": self.device.unusable,  # it serves, so it was
+                "at_start": self.device.info,
+                **self.device.info,
+            },
         )
-
-
-def _spare_cores(settings: Settings) -> int:
-    """Threads that post-processing may use: a device's share of the host's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, len(discover(settings))))
 
 
 def _text(error: FarmError) -> str:
@@ -467,14 +481,22 @@ def _kind(error: FarmError) -> Failure:
     return kinds.get(type(error), Failure.DEVICE)
 
 
+def _device(settings: Settings, arguments: Sequence[str]) -> tuple[LocalDevice, int]:
+    """Which device to serve, and how many this host does; an NPU's worker need not ask for the others."""
+    name, *told = arguments
+    if told:
+        return LocalDevice(**json.loads(told[1])), int(told[0])
+    return find(settings, name), len(serving(settings))
+
+
 def main(arguments: list[str]) -> int:
     global _current
     settings = load_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        device = find(settings, arguments[0])
+        device, peers = _device(settings, arguments)
         held: Any = lock(device, settings.run_dir)
-        _current = DeviceWorker(settings, open_database(settings), device)
+        _current = DeviceWorker(settings, open_database(settings), device, peers)
     except FarmError as exc:
         log.error("%s", exc)
         return exc.exit_code

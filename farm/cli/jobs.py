@@ -318,6 +318,8 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
             f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device, {p.ring_bytes / 1e6:.0f} MB of buffers "
             f"each; artifact {p.spec.artifact}. Nothing is missing."
         )
+        for name, why in p.unused.items():
+            print(f"not used: {name}: {why}")
 
 
 def _extent(plan: Plan) -> str:

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli.arguments import Force
+
 if TYPE_CHECKING:
     from farm.settings import Settings
 
 
 def up(
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the devices.")] = 30.0,
+    force: Force = False,
 ) -> None:
     """Start a local farm that stays, in the background; farm submit uses it from then on."""
     from farm.errors import UsageError
@@ -23,6 +26,10 @@ def up(
     settings = load_settings()
     if not settings.is_embedded:
         raise UsageError("FARM_BROKER_URL is set, and farm up is for a farm of one machine: unset it")
+    if force:
+        if local.is_up(settings):
+            raise UsageError(f"the farm in {settings.home} is up already, without --force: farm down first")
+        settings = settings.model_copy(update={"force": True})
     local.stay(settings)
     print(f"the farm is up in {settings.home}: {', '.join(_wait_for_devices(settings, timeout))}")
 
@@ -49,10 +56,10 @@ def _wait_for_devices(settings: Settings, timeout_s: float) -> list[str]:
     from db.engine import open_database
     from farm.errors import FarmError
     from farm.jobs import DeviceState
-    from workers.devices import discover
+    from workers.devices import serving
 
     database = open_database(settings)
-    wanted = [device.name for device in discover(settings)]
+    wanted = [device.name for device in serving(settings)]
     deadline = monotonic() + timeout_s
     while True:
         with database.read() as conn:
