@@ -220,22 +220,30 @@ def _lock_chip(device: LocalDevice) -> socket.socket:
         raise UsageError(
             f"device {device.name} (NPU {device.place}) is in use by {who}: a card serves one farm"
         ) from exc
-    threading.Thread(target=held.hang_up, daemon=True).start()
+    held.serve()
     return held
 
 
 class _Held(socket.socket):
     """Whoever calls here has all it wants from the kernel: which process it called."""
 
-    def hang_up(self) -> None:
+    _thread: threading.Thread | None = None
+
+    def serve(self) -> None:
+        self._thread = threading.Thread(target=self._hang_up, daemon=True)
+        self._thread.start()
+
+    def _hang_up(self) -> None:
         with suppress(OSError):  # closed
             while True:
                 self.accept()[0].close()
 
     def close(self) -> None:
         with suppress(OSError):
-            self.shutdown(socket.SHUT_RDWR)  # else `accept` would keep the name
+            self.shutdown(socket.SHUT_RDWR)
         super().close()
+        if self._thread is not None:
+            self._thread.join()  # as long as it is in `accept`, the kernel keeps the name
 
 
 def holder_of(place: str) -> int | None:
