@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from db import tables
+from db import devices as stored
 from db.engine import open_database
 from farm.artifacts import Artifact
 from farm.errors import DeviceError, UsageError
@@ -30,7 +30,7 @@ from tests.contract.conftest import Fleet
 from tests.datasets import write_bins, write_tiny_om
 from tests.fake_npu_smi import P310, answering, install
 from tests.integration.test_pipeline import eventually
-from workers import devices, npu_smi
+from workers import devices, npu_smi, supervisor
 from workers.devices import LocalDevice, discover, holder_of, kind_of, lock, npus, serving, usable
 from workers.npu_smi import Chip, Info, Process
 
@@ -337,7 +337,8 @@ def test_a_chip_is_free_when_it_was_given_back(tmp_path: Path) -> None:
 def test_a_cpu_slot_belongs_to_its_farm_alone(tmp_path: Path) -> None:
     slot = LocalDevice(host="h", index=0, soc="cpu", backends=("ort",))
     one, other = tmp_path / "one", tmp_path / "other"
-    one.mkdir(), other.mkdir()
+    one.mkdir()
+    other.mkdir()
 
     taken = pytest.raises(UsageError, match=rf"in use by process {os.getpid()}")
     with closing(lock(slot, one)), closing(lock(slot, other)), taken:
@@ -421,7 +422,7 @@ def children(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[host.W
     settings.log_dir.mkdir(parents=True)
     workers = host.Workers(settings, [npu(0)])
     yield workers
-    host.supervisor.stop(workers.children, 0.0)
+    supervisor.stop(workers.children, 0.0)
 
 
 def names(workers: host.Workers) -> list[str]:
@@ -476,12 +477,10 @@ def test_how_chips_are_goes_into_the_database_now_and_then(
         Fleet(database).worker(host="localhost")
         children.watch()
 
-        def info() -> dict[str, Any]:
+        def info() -> Mapping[str, Any]:
             with database.read() as conn:
-                found: dict[str, Any] = json.loads(
-                    conn.scalar(tables.device.select().with_only_columns(tables.device.c.info))
-                )
-                return found
+                (device,) = stored.everything(conn)
+            return device.info
 
         assert eventually(lambda: info().get("temperature_c") == 41)
         (folder / "answers" / "info").write_text(P310.draw(told(replace(SOUND, temperature_c=97, health_text="Alarm"))))
