@@ -148,14 +148,13 @@ def beat(conn: Connection, database: Database, name: str, incarnation: int) -> f
     )
 
 
-def observe(conn: Connection, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Note how devices are now, by name; what stands in their `info` besides stays."""
+def observe(conn: Connection, name: str, found: Mapping[str, Any]) -> None:
+    """Note how a device is now, if it is known; what stands in its `info` besides stays."""
     device = tables.device.c
-    for name in sorted(found):
-        before = conn.scalar(select(device.info).where(device.name == name).with_for_update())
-        if before is not None:
-            values = json.dumps({**json.loads(before), **found[name]})
-            conn.execute(update(tables.device).where(device.name == name).values(info=values))
+    before = conn.scalar(select(device.info).where(device.name == name).with_for_update())
+    if before is not None:
+        info = json.dumps({**json.loads(before), **found})
+        conn.execute(update(tables.device).where(device.name == name).values(info=info))
 
 
 def leave(conn: Connection, database: Database, name: str, incarnation: int) -> bool:

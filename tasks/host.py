@@ -14,7 +14,7 @@ from time import sleep
 from farm.errors import DeviceError, StorageError
 from farm.settings import Settings
 from workers import npu_smi, supervisor
-from workers.devices import LocalDevice, is_npu_host, npus, usable
+from workers.devices import LocalDevice, npus, usable
 from workers.supervisor import Child
 
 POLL_S = 0.1
@@ -42,6 +42,7 @@ class Workers:
         self._wanted = wanted
         self._news: Sequence[LocalDevice] = ()
         self._unusable: frozenset[str] = frozenset()
+        self._has_npus = any(device.place for device in devices)
         self._looking = threading.Thread(target=self._look, name="npu-smi", daemon=True)
 
     def watch(self) -> None:
@@ -52,7 +53,7 @@ class Workers:
         for child in self.children:
             if child.pid is not None or child.name not in self._unusable:
                 child.watch()
-        if not self._looking.ident and is_npu_host(self._settings):
+        if self._has_npus and not self._looking.ident:
             self._looking.start()
 
     def _take(self, news: Sequence[LocalDevice]) -> None:
@@ -70,16 +71,15 @@ class Workers:
         from db import devices
         from db.engine import open_database
 
-        said = ""
+        said, database = "", None
         while True:
             sleep(LOOK_S)
             try:
-                there = npus(self._settings, npu_smi.read_info())
-                self._news = there
-                database = open_database(self._settings)
-                with database.write() as conn:
-                    devices.observe(conn, {each.name: {**each.info, "unusable": each.unusable} for each in there})
-                database.close()
+                self._news = there = npus(self._settings, npu_smi.read_info())
+                database = database or open_database(self._settings)
+                for each in there:  # a transaction each: others lock several devices in an order of their own
+                    with database.write() as conn:
+                        devices.observe(conn, each.name, {**each.info, "unusable": each.unusable})
                 said = ""
             except (DeviceError, StorageError) as exc:
                 if str(exc) != said:

@@ -82,6 +82,7 @@ class DeviceWorker:
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
+        self._again: set[int] = set()  #: of these jobs those that were given a second chance
         self._asked: JobSpec | None = None  #: whose model the last canary was for
         self._app = make_app(broker.url(settings))
         self._stopping = threading.Event()
@@ -294,7 +295,7 @@ class DeviceWorker:
 
     def _declined(self, assignment: Assignment, error: HostError) -> str:
         log.warning("%s cannot be done here: %s", assignment.task_id, error)
-        if self._lacks(assignment):  # what cannot be seen from outside would be tried again and again
+        if assignment.job.id not in self._again or self._lacks(assignment):  # else it would go on like that
             self._unfit[assignment.job.id] = assignment
 
         def decline() -> list[Ring]:
@@ -415,6 +416,7 @@ class DeviceWorker:
             with self._database.write() as conn:
                 jobs.fit_again(conn, self._database, job_id, self.device.host)
             self._unfit.pop(job_id)
+            self._again.add(job_id)
 
     def _lacks(self, assignment: Assignment) -> bool:
         """Whether this host visibly lacks what a job needs."""
@@ -456,9 +458,9 @@ class DeviceWorker:
                 "cpu": cpu_model(),
                 "versions": versions(),
                 "machine": machine_id(),
-                "forced": self.device.unusable,  # it serves, so it was
-                "at_start": self.device.info,
                 **self.device.info,
+                # It serves, so what is said against it was overruled.
+                **({"forced": self.device.unusable, "at_start": self.device.info} if self.device.place else {}),
             },
         )
 

@@ -70,12 +70,14 @@ def submit(
         if dry_run:
             _show_plans(plans, as_json)
         else:
+            _warn(plans)
             _show_submitted(_create(settings, database, plans), settings, as_json)
         return
     # The farm starts while this process is still importing and planning.
     with local.joined(settings) as keep_farm:
         database = _open(settings)
         plans = _plans(settings, database, sizes, **wanted)
+        _warn(plans)
         job_ids = _create(settings, database, plans)
         code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
     raise typer.Exit(code)
@@ -318,8 +320,18 @@ def _show_plans(plans: list[Plan], as_json: bool) -> None:
             f"about {p.expected_s:.0f} s at {p.device_fps:.1f} fps a device, {p.ring_bytes / 1e6:.0f} MB of buffers "
             f"each; artifact {p.spec.artifact}. Nothing is missing."
         )
-        for name, why in p.unused.items():
-            print(f"not used: {name}: {why}")
+        for line in _unused(p):
+            print(line)
+
+
+def _unused(plan: Plan) -> list[str]:
+    return [f"not used: {name}: {why}" for name, why in plan.unused.items()]
+
+
+def _warn(plans: list[Plan]) -> None:
+    """Of devices here that do not take part though one would expect it."""
+    for line in _unused(plans[0]):
+        print(line, file=sys.stderr)
 
 
 def _extent(plan: Plan) -> str:

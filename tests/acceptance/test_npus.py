@@ -101,6 +101,23 @@ def test_a_host_without_the_vendors_module_is_skipped_and_says_what_is_missing(n
     assert "failed" not in report["attempts"], "it is no device's fault"
 
 
+def test_a_farm_of_sick_npus_comes_up_only_if_its_user_insists_and_then_says_so(npus: Farm) -> None:
+    drawn = Path(npus.env["PATH"].partition(os.pathsep)[0], "answers", "info")
+    drawn.write_text(drawn.read_text().replace("| OK   ", "| Alarm"))
+
+    refused = npus.run("up", code=1).stderr
+    npus.run("up", "--force")
+    again = npus.run("up", "--force", code=2).stderr
+    shown = npus.run("devices").stdout
+    (info,) = npus.sql("SELECT info FROM device WHERE idx = 1")[0]
+    npus.run("down")
+
+    assert "no NPU of this host can be used: localhost:0: its health is Alarm" in refused
+    assert "is up already" in again
+    assert "localhost:1 works although its health is Alarm" in shown
+    assert (json.loads(info)["forced"], json.loads(info)["at_start"]["health"]) == ("its health is Alarm", "Alarm")
+
+
 def _heard(farm: Farm, beats: dict[str, set[float]]) -> bool:
     for name, heartbeat in farm.sql("SELECT name, heartbeat FROM device WHERE idx < 2"):
         beats[name].add(heartbeat)

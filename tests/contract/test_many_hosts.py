@@ -758,8 +758,8 @@ def test_how_a_device_is_joins_what_is_known_of_it(fleet: Fleet) -> None:
     fleet.worker(0, machine="m")
 
     with fleet.database.write() as conn:
-        devices.observe(conn, {"h:0": {"temperature_c": 41}, "h:7": {"temperature_c": 1}})
-        devices.observe(conn, {"h:0": {"temperature_c": 42}})
+        for name, degrees in (("h:0", 41), ("h:7", 1), ("h:0", 42)):
+            devices.observe(conn, name, {"temperature_c": degrees})
         (found,) = devices.everything(conn)
 
     assert found.info == {"machine": "m", "temperature_c": 42}

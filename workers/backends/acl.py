@@ -37,6 +37,7 @@ _DTYPES = {
 _MEMBERS = ("InferenceSession", "session_options", "BaseTensor")
 _MAX_BYTES, _MAX_DEPTH = 64 << 30, 32
 _IMPORT_S = 60.0
+_ANSWER = "farm: "
 #: How much of what was printed during a call is looked at: the end, where the complaint is.
 _SAID_BYTES = 1 << 16
 #: An interval by the module's clock counts while that clock's step is not more of it than this.
@@ -322,11 +323,13 @@ def module_file() -> str:
         )
     except subprocess.TimeoutExpired:
         raise HostError(f"importing aclruntime does not end within {_IMPORT_S:g} s: see to the driver") from None
-    said = done.stdout.decode(errors="replace").splitlines()
-    if done.returncode == 0 and said:  # the last line is ours, before it the module may have said something
-        return said[-1]
-    why = said[-1] if done.returncode == 1 and said else f"importing aclruntime ended the process ({done.returncode})"
-    raise HostError(why)
+    lines = done.stdout.decode(errors="replace").splitlines()
+    said = [
+        line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)
+    ]  # the module may say something, too
+    if said and done.returncode == 0:
+        return said[0]
+    raise HostError(said[0] if said else f"importing aclruntime ended the process ({done.returncode})")
 
 
 def _check_file(path: str) -> None:
@@ -421,16 +424,16 @@ def _complaint(said: str) -> str:
     return f"; CANN: {' '.join(lines)[:400]}" if lines else ""
 
 
-def _main() -> int:
-    """What `module_file` has run: the answer is the last line."""
+def _main() -> None:
+    """What `module_file` has run. It ends before the module is taken down, which is another matter."""
     try:
-        found = _module()
+        code, said = 0, getattr(_module(), "__file__", None) or "aclruntime"
     except HostError as exc:
-        sys.stdout.write(f"{' '.join(str(exc).split())}\n")
-        return 1
-    sys.stdout.write(f"{getattr(found, '__file__', None) or 'aclruntime'}\n")
-    return 0
+        code, said = 1, " ".join(str(exc).split())
+    sys.stdout.write(f"\n{_ANSWER}{said}\n")
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    _main()
