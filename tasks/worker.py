@@ -209,7 +209,7 @@ class DeviceWorker:
         """What the device said to the canary it was asked, if it was."""
         try:
             answer = self._pipeline.answer()
-        except (Aborted, HostError):
+        except Aborted:
             raise
         except FarmError as exc:
             raise DeviceError(f"it fails at a canary: {exc}") from exc

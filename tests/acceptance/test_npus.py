@@ -102,10 +102,18 @@ def test_a_host_without_the_vendors_module_is_skipped_and_says_what_is_missing(n
 
 
 def test_a_farm_of_sick_npus_comes_up_only_if_its_user_insists_and_then_says_so(npus: Farm) -> None:
-    drawn = Path(npus.env["PATH"].partition(os.pathsep)[0], "answers", "info")
+    write_bins(npus.home / "data", COUNT)
+    write_tiny_om(npus.home / "data", 4)
+    npus.run("submit", "lvvit", "--bs", "4", "--no-wait")
+    folder = Path(npus.env["PATH"].partition(os.pathsep)[0])
+    tool, drawn = folder / "npu-smi", folder / "answers" / "info"
     drawn.write_text(drawn.read_text().replace("| OK   ", "| Alarm"))
 
     refused = npus.run("up", code=1).stderr
+    quick = tool.read_text()
+    tool.write_text(quick.replace("cat", "sleep 1; cat"))  # meanwhile a farm seems to be up
+    waited = npus.run("wait", "1", code=1).stderr
+    tool.write_text(quick)
     npus.run("up", "--force")
     again = npus.run("up", "--force", code=2).stderr
     shown = npus.run("devices").stdout
@@ -113,6 +121,7 @@ def test_a_farm_of_sick_npus_comes_up_only_if_its_user_insists_and_then_says_so(
     npus.run("down")
 
     assert "no NPU of this host can be used: localhost:0: its health is Alarm" in refused
+    assert "no NPU of this host can be used" in waited
     assert "is up already" in again
     assert "localhost:1 works although its health is Alarm" in shown
     assert (json.loads(info)["forced"], json.loads(info)["at_start"]["health"]) == ("its health is Alarm", "Alarm")

@@ -727,10 +727,12 @@ def test_who_did_not_hear_of_its_start_may_start_again(fleet: Fleet) -> None:
 
 def test_a_shard_goes_to_devices_with_its_jobs_chip_only(fleet: Fleet) -> None:
     job = fleet.job(samples=8, backend="acl", soc="Ascend310P3")
-    fitting = fleet.worker(0, backends=("acl",), soc="Ascend310P3")
-    fleet.worker(1, backends=("acl",), soc="Ascend310P1")
+    fleet.worker(0, backends=("acl",), soc="Ascend310P1")
+    fitting = fleet.worker(1, backends=("acl",), soc="Ascend310P3")
     fleet.worker(2, backends=("acl",), soc="Ascend310P")
 
+    with fleet.database.read() as conn:
+        assert shards.with_room(conn, fleet.database, LEASE_S) == [fitting.name]
     assert {ring.device for ring in fleet.assign()} == {fitting.name}
     with fleet.database.read() as conn:
         everything = devices.everything(conn)
