@@ -11,6 +11,7 @@ from sqlalchemy import Connection, Row, case, or_, select, update
 
 from db import events, tables
 from db.engine import Database
+from farm.artifacts import Artifact
 from farm.errors import UsageError
 from farm.jobs import LIVE, DeviceState
 
@@ -45,8 +46,8 @@ class Device:
     def takes_work(self) -> bool:
         return self.state is DeviceState.UP and not self.drained
 
-    def serves(self, backend: str) -> bool:
-        return backend in self.backends
+    def serves(self, artifact: Artifact) -> bool:
+        return artifact.runs_on(self.backends, self.soc)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +98,8 @@ def register(conn: Connection, database: Database, registration: Registration, l
         known = tables.device.c.name == name
         conn.execute(update(tables.device).where(known).values(incarnation=incarnation, **values))
     events.record(conn, now, "device_up", f"incarnation {incarnation}, pid {registration.pid}", device=name)
+    if why := registration.info.get("forced"):
+        events.record(conn, now, "device_forced", f"incarnation {incarnation}: {why}", device=name)
     return incarnation
 
 
@@ -143,6 +146,15 @@ def beat(conn: Connection, database: Database, name: str, incarnation: int) -> f
             )
         ).scalars()
     )
+
+
+def observe(conn: Connection, name: str, found: Mapping[str, Any]) -> None:
+    """Note how a device is now, if it is known; what stands in its `info` besides stays."""
+    device = tables.device.c
+    before = conn.scalar(select(device.info).where(device.name == name).with_for_update())
+    if before is not None:
+        info = json.dumps({**json.loads(before), **found})
+        conn.execute(update(tables.device).where(device.name == name).values(info=info))
 
 
 def leave(conn: Connection, database: Database, name: str, incarnation: int) -> bool:
@@ -246,9 +258,9 @@ def clear_strikes(conn: Connection, name: str) -> None:
     )
 
 
-def matching(devices: Collection[Device], backend: str, only: Collection[str]) -> list[Device]:
-    """Those that can serve a job: its backend, and among the named ones where it names any."""
-    return [d for d in devices if d.serves(backend) and (not only or d.name in only)]
+def matching(devices: Collection[Device], artifact: Artifact, only: Collection[str]) -> list[Device]:
+    """Those that can serve a job: its backend, its chip, and among the named ones where it names any."""
+    return [d for d in devices if d.serves(artifact) and (not only or d.name in only)]
 
 
 def _record(row: Row[Any]) -> Device:

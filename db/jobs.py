@@ -58,6 +58,7 @@ def create(
             model=spec.model,
             bs=spec.bs,
             backend=spec.artifact.backend,
+            soc=spec.artifact.chip,
             artifact_sha256=spec.artifact.sha256,
             samples=spec.samples,
             spec=_SPEC.dump_json(spec).decode(),
@@ -135,10 +136,11 @@ def has_pending() -> ColumnElement[bool]:
 
 
 def suits(device: Device) -> ColumnElement[bool]:
-    """Of a job in a query: whether a device may serve it: its backend, its choice of devices, what its host holds."""
+    """Of a job in a query: whether a device may serve it: backend, chip, choice of devices, what its host holds."""
     job, unfit = tables.job.c, tables.unfit.c
     return and_(
         job.backend.in_(device.backends),
+        job.soc.in_(["", device.soc]),
         or_(job.devices == "", job.devices.contains(f",{device.name},", autoescape=True)),
         ~select(unfit.host).where(unfit.job_id == job.id, unfit.host == device.host).exists(),
     )

@@ -235,6 +235,17 @@ def quarantined(conn: Connection, job_id: int) -> list[tuple[str, str]]:
     return [(row.device, row.text) for row in rows]
 
 
+def forced(conn: Connection, job_id: int) -> list[tuple[str, str]]:
+    """Devices, and why not to, that were used all the same for a job."""
+    took_part = {
+        (row.device, f"incarnation {row.incarnation}")
+        for row in conn.execute(select(a.device, a.incarnation).where(a.job_id == job_id).distinct())
+    }
+    rows = conn.execute(select(e.device, e.text).where(e.kind == "device_forced").order_by(e.id))
+    said = [(row.device, *row.text.split(": ", 1)) for row in rows]
+    return [(device, why) for device, incarnation, why in said if (device, incarnation) in took_part]
+
+
 def canaries(conn: Connection, job: Job) -> dict[str, Canaries]:
     """Of the devices whose answers a job keeps, by device."""
     took_part = select(a.device).join(tables.shard, s.winner == a.id).where(s.job_id == job.id).distinct()

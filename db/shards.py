@@ -466,7 +466,7 @@ def hosts_left(conn: Connection, database: Database, job: Job, lease_s: float) -
     """Hosts with devices that were there within the last lease and may serve a job."""
     horizon = database.now(conn) - lease_s
     there = [device for device in devices.everything(conn) if device.heartbeat >= horizon]
-    serving = devices.matching(there, job.spec.artifact.backend, job.spec.devices)
+    serving = devices.matching(there, job.spec.artifact, job.spec.devices)
     return {device.host for device in serving} - {unfit.host for unfit in jobs.unfit_hosts(conn, job.id)}
 
 
@@ -511,7 +511,7 @@ def _blame(
     if failure is Failure.DEVICE:
         refusals = [row.device for row in broken if row.failure == Failure.DEVICE.value]
         there = devices.heard(conn, database, lease_s)
-        serving = {d.name for d in devices.matching(there, spec.artifact.backend, spec.devices)}
+        serving = {d.name for d in devices.matching(there, spec.artifact, spec.devices)}
         if len(refusals) >= ISOLATE_AFTER and serving <= set(refusals):
             for name in set(refusals):
                 devices.strike(conn, database, name, -refusals.count(name), "")
@@ -520,7 +520,7 @@ def _blame(
             devices.strike(conn, database, device, 1, reason)
     elif failure.value in _BREAKING:
         others = {row.device for row in broken if row.failure in _BREAKING} - {device}
-        peers = devices.matching(devices.live(conn, database, lease_s), spec.artifact.backend, spec.devices)
+        peers = devices.matching(devices.live(conn, database, lease_s), spec.artifact, spec.devices)
         for other in others:
             devices.strike(conn, database, other, -1, "")
         if not others and len(peers) > 1:
@@ -685,7 +685,7 @@ def with_room(conn: Connection, database: Database, lease_s: float) -> list[str]
     found: list[str] = []
     wanted: dict[tuple[str, ...], bool] = {}
     for device in free:
-        alike = (device.host, *device.backends)  # devices of a host are, unless jobs name some
+        alike = (device.host, device.soc, *device.backends)  # devices of a host are, unless jobs name some
         if choosy or alike not in wanted:
             wanted[alike] = conn.execute(pending.where(jobs.suits(device)).limit(1)).first() is not None
         if wanted[alike]:

@@ -24,7 +24,7 @@ from sqlalchemy import (
     false,
 )
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 
 metadata = MetaData(
     naming_convention={
@@ -54,6 +54,7 @@ job = Table(
     Column("priority", Integer, nullable=False, server_default="0"),
     Column("devices", Text, nullable=False, server_default=""),  # ",h:0,h:1," or, for all, nothing
     Column("submission", _Id),  # the first of the jobs submitted with it, if it is not that
+    Column("soc", String(40), nullable=False, server_default=""),  # that its devices must have; nothing: any
     Index(None, "state", "id"),
     sqlite_autoincrement=True,
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,15 @@ class Artifact(BaseModel):
     source_sha256: str = ""  #: of the ONNX file that it was compiled from
     command: str = ""  #: the compiler's, as it can be typed
     conf_sha256: Mapping[str, str] = {}  #: of the files that the command names beside the graph, by path
+
+    @property
+    def chip(self) -> str:
+        """The soc that a device must have, to the letter: what was compiled for one does not load on another."""
+        return "" if self.backend == "simulated" else self.soc
+
+    def runs_on(self, backends: Collection[str], soc: str) -> bool:
+        """Whether a device with these backends and this soc can run it."""
+        return self.backend in backends and self.chip in ("", soc)
 
     def __str__(self) -> str:
         form = [f"head {self.head}"] if self.head else []

@@ -45,7 +45,7 @@ class DeviceHung(DeviceError):
 
 
 class HostError(FarmError):
-    """This host cannot do the job, for its bins or its artifact are missing or not those the job froze."""
+    """This host cannot do the job: bins, artifact or what its backend needs are missing, or not as they must be."""
 
 
 class JobError(FarmError):

@@ -28,6 +28,7 @@ class Settings(BaseSettings):
     database_url: str = ""  #: empty: SQLite in `home`
     cpu_slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=256)
     simulate: str = ""  #: devices that are none instead of this host's own, e.g. 8x310P3
+    force: bool = False  #: use NPUs that are not sound, or that others use, all the same
     simulated: str = "{}"  #: what the simulated backend does, as JSON (`workers.backends.simulated`)
     heartbeat_s: float = Field(default=2.0, gt=0)
     lease_s: float = Field(default=30.0, gt=0)  #: a device not heard of for so long loses its shards

@@ -90,13 +90,13 @@ class _Host:
     def ensure(self) -> None:
         """Start a host process if there is none, without waiting for it; `FarmError` if the last start failed."""
         if is_up(self._settings):
-            self._seen = True
+            self._seen = self._seen or "pid" in _info(self._settings)  # one that finds no usable NPU never opens
             return
         if self._process is not None and not self._seen:
             code = self._process.poll()
             if code is None and monotonic() - self._started < START_S:
                 return
-            if code != 0:
+            if code is None or code > 0:
                 raise FarmError(f"the local farm did not start: {_last_words(self._settings)}")
         self._start()
 
@@ -129,7 +129,13 @@ class _Host:
                 stderr=log,
                 start_new_session=True,
                 cwd=ROOT,
-                env={**os.environ, "FARM_HOME": str(settings.home), "FARM_DATA": str(settings.data_dir)},
+                env={
+                    **os.environ,
+                    "FARM_HOME": str(settings.home),
+                    "FARM_DATA": str(settings.data_dir),
+                    "FARM_FORCE": str(settings.force),
+                    "FARM_SIMULATE": settings.simulate,
+                },
             )
         self._started = monotonic()
         self._seen = False

@@ -21,7 +21,7 @@ from farm.errors import FarmError
 from farm.settings import Settings, load_settings, make_home
 from tasks import host, local
 from workers import broker, supervisor
-from workers.devices import discover
+from workers.devices import serving
 
 POLL_S = 0.1
 #: An ephemeral farm's end is awaited by somebody: what has not ended by then is killed, and taken up again later.
@@ -48,14 +48,15 @@ class LocalHost:
         signal.signal(signal.SIGINT, self._stop)
         signal.signal(signal.SIGUSR1, self._stay)
         signal.signal(signal.SIGUSR2, self._look)
-        children = [broker.child(settings), *(host.worker(settings, device) for device in discover(settings))]
+        server = broker.child(settings)
+        workers = host.Workers(settings, serving(settings))
         local.write_info(settings, ephemeral=self._ephemeral)  # the farm is open; from now on signals may come
         ticking = threading.Thread(target=self._tick, daemon=True)
         opened = monotonic()
         try:
             while not self._over():
-                for child in children:
-                    child.watch()
+                server.watch()
+                workers.watch()
                 if not ticking.ident and monotonic() - opened > FIRST_TICK_S:
                     ticking.start()
                 sleep(POLL_S)
@@ -64,8 +65,8 @@ class LocalHost:
             local.info_path(settings).unlink(missing_ok=True)  # closed: whoever comes now must wait for the next one
             self._wake.set()
             # Workers first: they hand back what waits, which needs the database and no broker.
-            supervisor.stop(children[1:], EPHEMERAL_GRACE_S if self._ephemeral else host.GRACE_S)
-            supervisor.stop(children[:1], 1.0)
+            supervisor.stop(workers.children, EPHEMERAL_GRACE_S if self._ephemeral else host.GRACE_S)
+            supervisor.stop([server], 1.0)
             broker.clean_up(settings)
 
     def _over(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from farm.versions import versions
 from farm.zoo.spec import ModelSpec
 from tasks import local
 from workers import ring
+from workers.devices import LocalDevice, usable
 
 #: Samples a second of a CPU slot before anything was measured.
 UNKNOWN_FPS = 10.0
@@ -51,6 +52,7 @@ class Plan:
     logits_bytes: int  #: of raw outputs that are kept
     ring_bytes: int  #: shared memory of a device, whatever the samples
     of_samples: int  #: that were prepared
+    unused: Mapping[str, str]  #: of this host's devices those that are not used, and why
 
     @property
     def expected_s(self) -> float:
@@ -66,6 +68,7 @@ class Plan:
             "windows": self.spec.windows,
             "shards": len(self.shards),
             "devices": list(self.device_names),
+            "unused": dict(self.unused),
             "bytes": self.bin_bytes,
             "ring_bytes": self.ring_bytes,
             "logits_bytes": self.logits_bytes,
@@ -93,7 +96,8 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
     if samples < 1:
         raise UsageError(f"nothing to evaluate: --limit {request.limit}, {len(data.samples)} samples in {directory}")
     parts = [sample.parts for sample in data.samples[:samples]]
-    names = _device_names(settings, database, request, artifact.backend)
+    here = _here(settings)
+    names = _device_names(settings, database, request, artifact, here)
     with database.read() as conn:
         measured = results.throughput(conn, artifact.sha256)
     fps = measured or (UNKNOWN_FPS if artifact.backend == "ort" else spec.reference_fps.get(request.bs, UNKNOWN_FPS))
@@ -126,6 +130,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         logits_bytes=sum(parts) * artifact.output.nbytes // request.bs if request.keep_logits else 0,
         ring_bytes=ring.nbytes(artifact.input.nbytes, artifact.output.nbytes),
         of_samples=len(data.samples),
+        unused={d.name: d.unusable for d in here if d not in usable(settings, here)},
     )
 
 
@@ -160,7 +165,7 @@ def plan_speed(settings: Settings, database: Database, request: Request, loop: i
             loop=loop,
             provenance={"versions": versions()},
         )
-        for name in _device_names(settings, database, request, artifact.backend)
+        for name in _device_names(settings, database, request, artifact, _here(settings))
     ]
 
 
@@ -187,31 +192,48 @@ def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:
     return written
 
 
+def _here(settings: Settings) -> list[LocalDevice]:
+    """This host's devices, where it serves its own farm."""
+    return local.devices(settings) if settings.is_embedded else []
+
+
 def _usual_backend(settings: Settings, database: Database) -> str | None:
     """What all devices there are serve first: acl on NPUs, ort on CPUs, simulated on a farm that simulates only."""
     with database.read() as conn:
         found = {d.backends[0] for d in devices.live(conn, database, settings.lease_s)}
-    found |= {d.backends[0] for d in local.devices(settings)} if settings.is_embedded else set()
+    found |= {d.backends[0] for d in usable(settings, _here(settings))}
     return found.pop() if len(found) == 1 else None
 
 
-def _device_names(settings: Settings, database: Database, request: Request, backend: str) -> tuple[str, ...]:
+def _device_names(
+    settings: Settings, database: Database, request: Request, artifact: Artifact, here: Sequence[LocalDevice]
+) -> tuple[str, ...]:
     """The devices that would serve a job; `UsageError` for a name nobody knows."""
     with database.read() as conn:
         registered = devices.everything(conn)
         up = devices.live(conn, database, settings.lease_s)
-    here = local.devices(settings) if settings.is_embedded else []
-    known = sorted({d.name for d in registered} | {d.name for d in here})
+    known = {d.name: _about(d.name, d.soc, d.backends) for d in registered}
+    known |= {d.name: _about(d.name, d.soc, d.backends) for d in here}
     unknown = [name for name in request.devices if name not in known]
     if unknown:
-        raise UsageError(f"unknown device {', '.join(unknown)}: the farm knows {', '.join(known) or 'none yet'}")
-    serving = {d.name for d in devices.matching(up, backend, ())} | {d.name for d in here if backend in d.backends}
+        raise UsageError(
+            f"unknown device {', '.join(unknown)}: the farm knows {', '.join(sorted(known)) or 'none yet'}"
+        )
+    well = [d for d in usable(settings, here) if artifact.runs_on(d.backends, d.soc)]
+    serving = {d.name for d in devices.matching(up, artifact, ())} | {d.name for d in well}
     if not serving.intersection(request.devices or serving):  # the job waits for those that are away for the moment
-        serving = {d.name for d in devices.matching(registered, backend, ())}
+        serving = {d.name for d in devices.matching(registered, artifact, ())}
     chosen = sorted(serving.intersection(request.devices) if request.devices else serving, key=_by_host_and_index)
     if not chosen:
-        raise UsageError(f"no device serves backend {backend}: the farm knows {', '.join(known) or 'none yet'}")
+        known |= {d.name: f"{d.name} ({d.unusable})" for d in here if d not in usable(settings, here)}
+        listing = ", ".join(text for _, text in sorted(known.items())) or "none yet"
+        chip = f" for {artifact.chip}" if artifact.chip else ""
+        raise UsageError(f"no device serves backend {artifact.backend}{chip}: the farm knows {listing}")
     return tuple(chosen)
+
+
+def _about(name: str, soc: str, backends: Collection[str]) -> str:
+    return f"{name} ({soc}: {', '.join(backends)})"
 
 
 def _by_host_and_index(name: str) -> tuple[str, int]:

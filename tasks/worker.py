@@ -1,7 +1,9 @@
 """
 A device's worker: one Celery worker (threads pool, concurrency 1) beside one device process.
 
-    python -m tasks.worker localhost:0
+    python -m tasks.worker localhost:0 [PEERS DEVICE]
+
+Of an NPU its supervisor says what it knows already: how many devices the host serves, and the device as JSON.
 
 It locks its device, registers a new incarnation, beats, answers its queue, and on SIGTERM finishes its shard, hands
 back what waits and leaves.
@@ -9,13 +11,14 @@ back what waits and leaves.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -49,10 +52,10 @@ from farm.settings import Settings, load_settings
 from farm.versions import versions
 from tasks.app import make_app, queue_of, worker_name
 from tasks.dispatch import ring
-from workers import broker
+from workers import backends, broker
 from workers.backends.base import Load, TensorSpec
 from workers.canary import samples as samples_of_noise
-from workers.devices import LocalDevice, cpu_model, discover, find, kind_of, lock, machine_id
+from workers.devices import LocalDevice, cpu_model, find, kind_of, lock, machine_id, serving
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
 from workers.ring import nbytes as ring_bytes
 
@@ -78,15 +81,18 @@ def current() -> DeviceWorker:
 class DeviceWorker:
     """What a doorbell wakes. `evaluate` runs in the pool's one thread, `_beat` in one of its own."""
 
-    def __init__(self, settings: Settings, database: Database, device: LocalDevice) -> None:
+    def __init__(self, settings: Settings, database: Database, device: LocalDevice, peers: int) -> None:
+        """`peers` is how many devices this host serves, this one among them."""
         self.device = device
         self._settings = settings
         self._database = database
-        self._local = discover(settings)
-        self._pipeline = Pipeline(settings.deadline_s, threads=_spare_cores(len(self._local)))
+        self._peers = peers
+        # Post-processing may use a device's share of the host's cores.
+        self._pipeline = Pipeline(settings.deadline_s, threads=max(1, len(os.sched_getaffinity(0)) // max(1, peers)))
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
+        self._again: set[int] = set()  #: of these jobs those that were given a second chance
         self._asked: JobSpec | None = None  #: whose model the last canary was for
         self._app = make_app(broker.url(settings))
         self._stopping = threading.Event()
@@ -316,7 +322,8 @@ class DeviceWorker:
 
     def _declined(self, assignment: Assignment, error: HostError) -> str:
         log.warning("%s cannot be done here: %s", assignment.task_id, error)
-        self._unfit[assignment.job.id] = assignment
+        if assignment.job.id not in self._again or self._lacks(assignment):  # else it would go on like that
+            self._unfit[assignment.job.id] = assignment
 
         def decline() -> list[Ring]:
             with self._database.write() as conn:
@@ -388,12 +395,12 @@ class DeviceWorker:
     def _check_memory(self, spec: JobSpec) -> None:
         """`HostError` where the devices' buffers together would leave the host none: the kernel would kill somebody."""
         chosen = spec.together or spec.devices
-        here = [d.name for d in self._local if not chosen or d.name in chosen]
-        needed = len(here) * ring_bytes(spec.artifact.input.nbytes, spec.artifact.output.nbytes)
+        count = len([name for name in chosen if name.rpartition(":")[0] == self.device.host]) if chosen else self._peers
+        needed = count * ring_bytes(spec.artifact.input.nbytes, spec.artifact.output.nbytes)
         total = psutil.virtual_memory().total
         if needed > MOST_MEMORY * total:
             raise HostError(
-                f"{len(here)} devices of {self.device.host} need {needed / 1e9:.1f} GB of buffers for {spec.model} at "
+                f"{count} devices of {self.device.host} need {needed / 1e9:.1f} GB of buffers for {spec.model} at "
                 f"batch size {spec.bs}, and it has {total / 1e9:.1f} GB of memory: take a smaller batch size or head, "
                 "or fewer devices (--devices)"
             )
@@ -464,13 +471,20 @@ class DeviceWorker:
 
     def _look_for_what_lacked(self) -> None:
         for job_id, assignment in list(self._unfit.items()):
-            try:
-                self._plan(assignment)
-            except FarmError:
+            if self._lacks(assignment):
                 continue
             with self._database.write() as conn:
                 jobs.fit_again(conn, self._database, job_id, self.device.host)
             self._unfit.pop(job_id)
+            self._again.add(job_id)
+
+    def _lacks(self, assignment: Assignment) -> bool:
+        """Whether this host visibly lacks what a job needs."""
+        try:
+            backends.check_host(self._plan(assignment).load)
+        except FarmError:
+            return True
+        return False
 
     def _ask_in_quarantine(self) -> None:
         """A canary of what the device worked on last: if it answers, and is not wrong, it takes work again."""
@@ -500,13 +514,15 @@ class DeviceWorker:
             pid=me.pid,
             pid_started=me.create_time(),
             kind=kind_of(self.device),
-            info={"cpu": cpu_model(), "versions": versions(), "machine": machine_id()},
+            info={
+                "cpu": cpu_model(),
+                "versions": versions(),
+                "machine": machine_id(),
+                **self.device.info,
+                # It serves, so what is said against it was overruled.
+                **({"forced": self.device.unusable, "at_start": self.device.info} if self.device.place else {}),
+            },
         )
-
-
-def _spare_cores(devices: int) -> int:
-    """Threads that post-processing may use: a device's share of the host's cores."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, devices))
 
 
 def _text(error: FarmError) -> str:
@@ -527,14 +543,22 @@ def _kind(error: FarmError) -> Failure:
     return kinds.get(type(error), Failure.DEVICE)
 
 
+def _device(settings: Settings, arguments: Sequence[str]) -> tuple[LocalDevice, int]:
+    """Which device to serve, and how many this host does; an NPU's worker need not ask for the others."""
+    name, *told = arguments
+    if told:
+        return LocalDevice(**json.loads(told[1])), int(told[0])
+    return find(settings, name), len(serving(settings))
+
+
 def main(arguments: list[str]) -> int:
     global _current
     settings = load_settings()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
-        device = find(settings, arguments[0])
+        device, peers = _device(settings, arguments)
         held: Any = lock(device, settings.run_dir)
-        _current = DeviceWorker(settings, open_database(settings), device)
+        _current = DeviceWorker(settings, open_database(settings), device, peers)
     except FarmError as exc:
         log.error("%s", exc)
         return exc.exit_code

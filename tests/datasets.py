@@ -16,6 +16,7 @@ from farm import artifacts, zoo
 from farm.artifacts import Artifact, TensorInfo
 from farm.data import manifest
 from farm.data.manifest import Header, Manifest, Sample
+from tests import fake_acl
 
 LVVIT = zoo.get("lvvit")
 
@@ -95,6 +96,36 @@ def write_tiny_onnx(data_dir: Path, bs: int, *, work: int = 0, seed: int = 0) ->
     )
     artifacts.write_sidecar(directory, artifact)
     return artifact
+
+
+def write_tiny_om(data_dir: Path, bs: int, *, soc: str = "Ascend310P3", **behaviour: object) -> Artifact:
+    """LV-ViT's tensors, for the stand-in of the vendor's module; what it answers is `expected_om_digest`."""
+    directory = artifacts.directory(data_dir, LVVIT.name)
+    path = directory / f"lvvit_bs{bs}.om"
+    given, wanted = TensorInfo.of(LVVIT.input, bs), TensorInfo.of(LVVIT.output, bs)
+    fake_acl.write_om(
+        path,
+        [(given.name, given.dtype, given.shape)],
+        [(f"Gemm_9:0:{wanted.name}", wanted.dtype, wanted.shape)],
+        soc=soc,
+        **behaviour,
+    )
+    artifact = Artifact(
+        model=LVVIT.name, bs=bs, backend="acl", soc=soc, file=path.name, sha256=artifacts.sha256_of(path),
+        input=given, output=wanted,
+    )  # fmt: skip
+    artifacts.write_sidecar(directory, artifact)
+    return artifact
+
+
+def expected_om_digest(data_dir: Path, count: int) -> str:
+    """What the farm must answer for `write_bins` and `write_tiny_om`: numbers drawn from the hash of each bin."""
+    digest = hashlib.sha256()
+    for number in range(1, count + 1):
+        seed = xxhash.xxh3_64_intdigest(load_bin(data_dir, name_of(number)).tobytes())
+        best = np.argsort(-np.random.Generator(np.random.SFC64(seed)).standard_normal(1000, np.float32), kind="stable")
+        digest.update(f"{name_of(number)}\t{','.join(map(str, best[:5]))}\n".encode())
+    return digest.hexdigest()
 
 
 def expected_digest(data_dir: Path, count: int, *, bs: int = 4, seed: int = 0) -> str:

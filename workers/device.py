@@ -58,7 +58,7 @@ class DeviceProcess:
                 raise DeviceError(f"cannot start a device process: {exc}") from exc
 
     def load(self, load: Load, ring: Ring) -> None:
-        """Load a model over a ring. `JobError` or `DeviceError` with the backend's sentence when it refuses."""
+        """Load a model over a ring. `JobError`, `HostError` or `DeviceError`, with the backend's sentence."""
         self.ensure()
         if not self._ready:
             self.receive(START_S)

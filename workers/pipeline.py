@@ -174,7 +174,7 @@ class Pipeline:
         Evaluate a shard; every sample of it is in the result, scored or failed.
 
         Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `DataError` for a batch that the
-        backend blames, `HostError` where raw outputs cannot be kept, `JobError`, or `Aborted`.
+        backend blames, `HostError`, `JobError`, or `Aborted`.
         """
         with self._change:
             run = self._begin(plan)

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from typing import Annotated
+
+import typer
 
 from farm.errors import UsageError
+
+Force = Annotated[bool, typer.Option("--force", help="Use NPUs that are sick, or in use by others, all the same.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 

@@ -8,38 +8,54 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli.arguments import Force
+
 if TYPE_CHECKING:
     from db.engine import Database
     from farm.settings import Settings
+    from workers.devices import LocalDevice
 
 
 def worker(
     devices: Annotated[str, typer.Option(help="all, or some of this host's: 0,2.")] = "all",
+    force: Force = False,
 ) -> None:
     """Serve this host's devices until SIGTERM, which lets running shards finish and hands back what waits."""
     from db import devices as stored
     from db.engine import open_database
-    from farm.errors import UsageError
     from farm.settings import make_home
     from tasks import host
-    from workers.devices import discover
 
     settings = _settings()
+    settings = settings.model_copy(update={"force": settings.force or force})
     make_home(settings)
-    local = discover(settings)
-    wanted = [str(d.index) for d in local] if devices == "all" else [part.strip() for part in devices.split(",")]
-    unknown = [index for index in wanted if index not in {str(d.index) for d in local}]
-    if unknown:
-        known = ", ".join(str(d.index) for d in local)
-        raise UsageError(f"--devices {devices}: no device {', '.join(unknown)} here, this host has {known}")
+    names, chosen = _chosen(settings, devices)
     database = open_database(settings)
     _refuse_lone_file(settings, database)
     with database.read() as conn:
         stored.refuse_second_host(conn, database, settings.host_name, settings.lease_s)
-    chosen = [d for d in local if str(d.index) in wanted]
     logging.info("serving %s, logs in %s", ", ".join(d.name for d in chosen), settings.log_dir)
     database.close()
-    host.serve(settings, chosen)
+    host.serve(settings, chosen, lambda device: not names or device.name in names)
+
+
+def _chosen(settings: Settings, devices: str) -> tuple[set[str], list[LocalDevice]]:
+    """The names that were typed, none for all, and the devices to serve."""
+    from farm.errors import UsageError
+    from workers.devices import discover, serving, usable
+
+    if devices == "all":
+        return set(), serving(settings)
+    local = {str(d.index): d for d in discover(settings) if d.index >= 0}
+    wanted = [part.strip() for part in devices.split(",")]
+    if unknown := [index for index in wanted if index not in local]:
+        raise UsageError(
+            f"--devices {devices}: no device {', '.join(unknown)} here, this host has {', '.join(local) or 'none'}"
+        )
+    chosen = [local[index] for index in dict.fromkeys(wanted)]
+    if refused := [f"{d.name}: {d.unusable}" for d in chosen if d not in usable(settings, chosen)]:
+        raise UsageError(f"--devices {devices}: not to be used, {'; '.join(refused)}. --force uses it all the same")
+    return {d.name for d in chosen}, chosen
 
 
 def coordinator() -> None:

@@ -22,6 +22,7 @@ from farm.errors import FarmError, UsageError
 
 if TYPE_CHECKING:
     from farm.demo.home import Home, Input, Outcome, Progress, Truth
+    from farm.settings import Settings
 
 #: Exit codes of a command after which there is something to compare.
 DONE, WITH_ERRORS, DETACHED = 0, 3, 130
@@ -53,10 +54,11 @@ def demo(
     from farm.demo import home_of
     from farm.settings import load_settings
 
-    home = home_of(load_settings().home / "demo" / model, model)
+    settings = load_settings()
+    home = home_of(settings.home / "demo" / model, model)
     sizes = batch_sizes(str(home.bs) if bs is None else bs)
     photographs = _checked(home, count)
-    shell = _Shell(home=home, out=sys.stderr if as_json else sys.stdout)
+    shell = _Shell(home=home, out=sys.stderr if as_json else sys.stdout, env=_cpu_slots(settings))
     try:
         with home.claimed():
             made = _input(shell, photographs)
@@ -95,6 +97,7 @@ class _Shell:
 
     home: Home
     out: TextIO
+    env: Mapping[str, str]  #: of the commands, beside ours and FARM_HOME
     seconds: dict[str, float] = field(default_factory=dict)  #: by what took them
 
     def say(self, line: str = "") -> None:
@@ -138,7 +141,7 @@ class _Shell:
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             cwd=self.home.root,
-            env={**_unconfigured(os.environ), "FARM_HOME": str(self.home.root)},
+            env={**_unconfigured(os.environ), **self.env, "FARM_HOME": str(self.home.root)},
             start_new_session=start_new_session,
         )
 
@@ -178,6 +181,8 @@ def _run(shell: _Shell, sizes: Sequence[int]) -> list[_Job]:
     home, listed = shell.home, ",".join(map(str, sizes))
     configured = [name for name in CONFIGURED if name in os.environ]
     shell.say(f"\n$ cd {shlex.quote(str(home.root))}\n$ export FARM_HOME=$PWD")
+    for name, value in shell.env.items():
+        shell.say(f"$ export {name}={value}")
     if configured:
         shell.say(f"$ unset {' '.join(configured)}")
     _cancel_interrupted(shell)
@@ -224,6 +229,13 @@ def _farm() -> str:
     if not command.is_file():
         raise FarmError(f"there is no farm command beside {sys.executable}: install the farm into this Python again")
     return str(command)
+
+
+def _cpu_slots(settings: Settings) -> dict[str, str]:
+    """The demo's network runs on CPUs, on a host with NPUs, too."""
+    from workers.devices import is_npu_host
+
+    return {"FARM_CPU_SLOTS": str(settings.cpu_slots)} if is_npu_host(settings) else {}
 
 
 def _unconfigured(environment: Mapping[str, str]) -> dict[str, str]:

@@ -33,43 +33,57 @@ def _list(as_json: bool) -> None:
     from rich.console import Console
 
     from db.engine import open_database
-    from farm.reports.status import device_lines, show_devices, unfit_line
+    from farm.errors import DeviceError
+    from farm.reports.status import device_lines, how_it_is, show_devices, unfit_line
     from farm.settings import load_settings
     from tasks import local
+    from workers.devices import usable
 
     settings = load_settings()
     lines = device_lines(open_database(settings), settings)
-    known = {line["device"] for line in lines}
-    lines += [
-        {
-            **dict.fromkeys(_OF_A_WORKER),
-            "device": d.name,
-            "host": d.host,
-            "state": "not started",
-            "drained": False,
-            "reason": "",
-            "soc": d.soc,
-            "backends": list(d.backends),
-            "incarnation": 0,
-            "strikes": 0,
-            "unfit": [],
-            "waiting": 0,
-            "rate": 0.0,
-        }
-        for d in local.devices(settings)
-        if d.name not in known
-    ]
+    known = {line["device"]: line for line in lines}
+    cannot_tell: DeviceError | None = None
+    try:
+        here = local.devices(settings)
+    except DeviceError as exc:  # what the others are, is known all the same
+        here, cannot_tell = [], exc
+    chosen = usable(settings, here)
+    for d in here:
+        now = how_it_is({**d.info, "unusable": d.unusable})
+        if d.name in known:
+            known[d.name].update(now)
+            continue
+        lines.append(
+            {
+                **dict.fromkeys(_OF_A_WORKER),
+                "device": d.name,
+                "host": d.host,
+                "state": "not started" if d in chosen else "not used",
+                "drained": False,
+                "reason": "",
+                "soc": d.soc,
+                "backends": list(d.backends),
+                "incarnation": 0,
+                "strikes": 0,
+                "unfit": [],
+                "waiting": 0,
+                "rate": 0.0,
+                **now,
+            }
+        )
     if as_json:
         print(json.dumps(lines, indent=2))
-        return
-    show_devices(lines, Console())
-    unfit = {unfit_line({**each, "host": line["host"]}) for line in lines for each in line["unfit"]}
-    for said in sorted(unfit):
-        print(said)
+    else:
+        show_devices(lines, Console())
+        unfit = {unfit_line({**each, "host": line["host"]}) for line in lines for each in line["unfit"]}
+        for said in sorted(unfit):
+            print(said)
+    if cannot_tell is not None:
+        raise cannot_tell
 
 
 #: What only a device has whose worker was there.
-_OF_A_WORKER = ("age_s", "heard_s_ago", "pid", "canary", "running", "running_s", "temperature_c")
+_OF_A_WORKER = ("age_s", "heard_s_ago", "pid", "canary", "running", "running_s")
 
 
 @app.command()

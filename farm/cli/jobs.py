@@ -78,6 +78,7 @@ def submit(
             _show_plans(plans, settings, as_json)
         else:
             _check_room(plans, settings, yes=yes)
+            _warn(plans)
             _show_submitted(create(settings, database, plans), settings, as_json)
         return
     # The farm starts while this process is still importing and planning.
@@ -85,6 +86,7 @@ def submit(
         database = _open(settings)
         plans = _plans(settings, database, sizes, **wanted)
         _check_room(plans, settings, yes=yes)
+        _warn(plans)
         job_ids = create(settings, database, plans)
         code = _wait_and_report(settings, database, job_ids, keep_farm, as_json)
     raise typer.Exit(code)
@@ -369,6 +371,18 @@ def _show_plans(plans: list[Plan], settings: Settings, as_json: bool) -> None:
             f"each; artifact {p.spec.artifact}. Nothing is missing."
             + (f" With --keep-logits, {_kept([p], settings)}." if p.logits_bytes else "")
         )
+        for line in _unused(p):
+            print(line)
+
+
+def _unused(plan: Plan) -> list[str]:
+    return [f"not used: {name}: {why}" for name, why in plan.unused.items()]
+
+
+def _warn(plans: list[Plan]) -> None:
+    """Of devices here that do not take part though one would expect it."""
+    for line in _unused(plans[0]):
+        print(line, file=sys.stderr)
 
 
 def _show_submitted(job_ids: list[int], settings: Settings, as_json: bool, what: str = "submitted") -> None:

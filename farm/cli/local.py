@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from farm.cli.arguments import Force
+
 if TYPE_CHECKING:
     from farm.settings import Settings
 
@@ -19,6 +21,7 @@ def up(
         str | None,
         typer.Option(metavar="8x310P3", help="Devices that are none, as fast as so many of these; reports say so."),
     ] = None,
+    force: Force = False,
 ) -> None:
     """Start a local farm that stays, in the background; farm submit uses it from then on.
 
@@ -29,13 +32,17 @@ def up(
     from tasks import local
 
     if simulate is not None:
-        os.environ["FARM_SIMULATE"] = simulate  # of the host's processes, too
+        os.environ["FARM_SIMULATE"] = simulate  # where it is checked
     settings = load_settings()
     if not settings.is_embedded:
         raise UsageError("FARM_BROKER_URL is set, and farm up is for a farm of one machine: unset it")
     if local.is_up(settings) and local.simulates(settings) != settings.simulate:
         there = local.simulates(settings) or "this machine's own devices"
         raise UsageError(f"a farm of {there} is up in {settings.home}: farm down ends it")
+    if force:
+        if local.is_up(settings):
+            raise UsageError(f"the farm in {settings.home} is up already, without --force: farm down first")
+        settings = settings.model_copy(update={"force": True})
     local.stay(settings)
     mark = "SIMULATED " if settings.simulate else ""
     print(f"the farm is up in {settings.home}: {mark}{', '.join(_wait_for_devices(settings, timeout))}")
@@ -63,10 +70,10 @@ def _wait_for_devices(settings: Settings, timeout_s: float) -> list[str]:
     from db.engine import open_database
     from farm.errors import FarmError
     from farm.jobs import DeviceState
-    from workers.devices import discover
+    from workers.devices import serving
 
     database = open_database(settings)
-    wanted = [device.name for device in discover(settings)]
+    wanted = [device.name for device in serving(settings)]
     deadline = monotonic() + timeout_s
     while True:
         with database.read() as conn:

@@ -169,7 +169,7 @@ def waits_for(database: Database, settings: Settings, job: Job) -> str:
     spec = job.spec
     with database.read() as conn:
         unfit = {each.host: each.reason for each in jobs.unfit_hosts(conn, job.id)}
-        up = devices.matching(devices.live(conn, database, settings.lease_s), spec.artifact.backend, spec.devices)
+        up = devices.matching(devices.live(conn, database, settings.lease_s), spec.artifact, spec.devices)
     if any(device.host not in unfit for device in up):
         return ""
     lines = [line for line in device_lines(database, settings) if not spec.devices or line["device"] in spec.devices]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from db import jobs
@@ -18,10 +21,15 @@ from farm.reports.status import ago, device_lines
 from farm.settings import Settings, make_home
 from farm.versions import versions
 from tasks import local
-from workers import broker
+from workers import broker, npu_smi
+from workers.backends.acl import module_file
+from workers.devices import cann_version, discover, is_npu_host
 
 #: A clock that is off by more is worth a word.
 CLOCK_S = 2.0
+#: Where CANN's parts lie unless somebody chose otherwise; older versions, the runtime alone, newer versions.
+CANN = tuple(Path("/usr/local/Ascend", name) for name in ("ascend-toolkit", "nnrt", "cann"))
+LIBRARY = "libascendcl.so"
 #: A broker gets so long to answer.
 BROKER_S = 5.0
 
@@ -49,11 +57,10 @@ def examine(settings: Settings) -> list[Finding]:
         ("home", lambda: _home(settings)),
         ("broker", lambda: _broker(settings)),
         ("farm", lambda: _farm(settings)),
-        ("devices", lambda: ", ".join(f"{d.name} ({d.soc})" for d in local.devices(settings))),
         ("export", _export),
         ("compile", _compile),
     ]
-    findings = [_look(what, check) for what, check in checks]
+    findings = [_look(what, check) for what, check in checks] + list(_devices(settings))
     return [*findings, *_stored(settings), *_data(settings)]
 
 
@@ -159,6 +166,51 @@ def _export() -> str:
 def _compile() -> str:
     program = shutil.which("atc")
     return f"{program}, CANN {atc.version() or 'of unknown version'}" if program else "no atc: farm compile needs CANN"
+
+
+def _devices(settings: Settings) -> Iterator[Finding]:
+    if settings.simulate or local.simulates(settings):
+        listing = ", ".join(f"{d.name} ({d.soc})" for d in local.devices(settings))
+        yield Finding(what="devices", ok=True, text=listing)
+        return
+    if not npu_smi.is_installed():
+        yield Finding(what="devices", ok=True, text=f"no npu-smi: {settings.cpu_slots} CPU slots")
+        return
+    if not is_npu_host(settings):
+        text = f"npu-smi is here, and FARM_CPU_SLOTS is set: {settings.cpu_slots} CPU slots, no NPU"
+        yield Finding(what="devices", ok=True, text=text)
+        return
+    yield _look("NPUs", lambda: _npus(settings))
+    with suppress(FarmError):  # said just now
+        for each in discover(settings):
+            health, celsius = each.info["health"], each.info["temperature_c"]
+            memory = f"{each.info['memory_used_mb']} of {each.info['memory_total_mb']} MB in use"
+            state = f"{each.soc}, health {health}, {celsius} °C, {memory}"
+            text = f"{state}; not used: {each.unusable}" if each.unusable else state
+            yield Finding(what=each.name, ok=not each.unusable, text=text)
+    yield _look("CANN", _cann)
+    yield _look("aclruntime", module_file)
+
+
+def _npus(settings: Settings) -> str:
+    found = [each for each in discover(settings) if each.index >= 0]
+    seen = os.environ.get(npu_smi.VISIBLE)
+    by = f"{npu_smi.VISIBLE} is not set" if seen is None else f"{npu_smi.VISIBLE}={seen}"
+    if not found:
+        raise _Wrong(f"npu-smi answers, but this process can open no NPU: {by}")
+    return f"npu-smi answers, driver {found[0].info['driver']}; {len(found)} can be opened here, {by}"
+
+
+def _cann() -> str:
+    """Whether its environment was sourced: without it neither aclruntime nor a model is loaded."""
+    home, libraries = os.environ.get("ASCEND_HOME_PATH"), os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    found = [path for folder in libraries if folder and (path := Path(folder, LIBRARY)).exists()]
+    if home is None or not found:
+        there = [path for place in CANN if (path := place / "set_env.sh").exists()]
+        hint = f"source {there[0]}" if there else f"install CANN, then source its set_env.sh ({CANN[0]})"
+        lacking = "ASCEND_HOME_PATH is not set" if home is None else f"no {LIBRARY} in LD_LIBRARY_PATH"
+        raise _Wrong(f"the environment of CANN is not there, {lacking}: {hint}")
+    return f"CANN {cann_version() or 'of unknown version'} in {home}, {found[0]}"
 
 
 def _data(settings: Settings) -> Iterator[Finding]:

@@ -33,6 +33,7 @@ def build(database: Database, job_id: int) -> Report:
         attempts = results.attempts_by_state(conn, job_id)
         lost = overview.lost(conn, job_id)
         quarantined = overview.quarantined(conn, job_id)
+        forced = overview.forced(conn, job_id)
         canaries = overview.canaries(conn, job)
         areas = results.areas(conn, job_id) if job.spec.windows else None
     spec = job.spec
@@ -64,6 +65,7 @@ def build(database: Database, job_id: int) -> Report:
         "busy": float(np.mean([d["busy"] for d in devices])) if devices else None,
         "devices": devices,
         "quarantined": [{"device": device, "reason": reason} for device, reason in quarantined],
+        "forced": [{"device": device, "reason": reason} for device, reason in forced],
         "canaries": _canary_cost(times, canaries),
         "attempts": attempts,
         "lost": lost,

@@ -137,8 +137,18 @@ class _Found:
             "running_s": running and round(self.now - (running.started or self.now), 1),
             "waiting": len(held) - (running is not None),
             "rate": self._rate([each for each in self.won if each.device == d.name], held),
-            "temperature_c": d.info.get("temperature_c"),
+            **how_it_is(d.info),
         }
+
+
+def how_it_is(info: Mapping[str, Any]) -> Status:
+    """What `npu-smi` said last of an NPU; nothing of other devices."""
+    numbers = ("health", "temperature_c", "memory_used_mb", "memory_total_mb")
+    return {
+        **{name: info.get(name) for name in numbers},
+        "foreign": info.get("foreign", []),
+        "unusable": info.get("unusable", info.get("forced", "")),
+    }
 
 
 def _runs(attempt: Attempt) -> bool:
@@ -213,14 +223,18 @@ def show(status: Status, console: Console) -> None:
 
 def show_devices(lines: list[Status], console: Console) -> None:
     """One line a device, and why some do not work."""
-    rows = [("device", "state", "soc", "backends", "strikes", "started", "canary", "heard")]
+    is_npu = any(line["health"] is not None for line in lines)
+    rows = [_titles(is_npu)]
     for line in lines:
         heard = "-" if line["heard_s_ago"] is None or line["state"] == "gone" else f"{ago(line['heard_s_ago'])} ago"
         started = "-" if line["age_s"] is None else f"{ago(line['age_s'])} ago"
         backends = ",".join(line["backends"])
         strikes = str(line["strikes"])
         canary = line["canary"] or "-"
-        rows.append((line["device"], device_state(line), line["soc"], backends, strikes, started, canary, heard))
+        rows.append(
+            (line["device"], device_state(line), line["soc"], backends, strikes, started, canary, heard)
+            + (_npu_cells(line) if is_npu else ())
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):  # a table of rich's takes a millisecond a line
         said = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -228,6 +242,20 @@ def show_devices(lines: list[Status], console: Console) -> None:
     for line in lines:
         if line["reason"]:
             console.print(quarantine_line(line), markup=False, highlight=False, soft_wrap=True)
+        if line["unusable"]:
+            serves = line["state"] in ("up", "quarantined")
+            said = f"{line['device']} {'works although' if serves else 'is not used:'} {line['unusable']}"
+            console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def _titles(is_npu: bool) -> tuple[str, ...]:
+    titles = ("device", "state", "soc", "backends", "strikes", "started", "canary", "heard")
+    return (*titles, "health", "°C", "memory") if is_npu else titles
+
+
+def _npu_cells(line: Mapping[str, Any]) -> tuple[str, ...]:
+    memory = f"{line['memory_used_mb']} of {line['memory_total_mb']} MB" if line["memory_total_mb"] else "-"
+    return line["health"] or "-", "-" if line["temperature_c"] is None else str(line["temperature_c"]), memory
 
 
 def ago(seconds: float) -> str:

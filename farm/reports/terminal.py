@@ -139,6 +139,9 @@ def _failures(report: Report, console: Console) -> None:
     for each in report["quarantined"]:
         said = f"quarantined  {each['device']}: {each['reason']}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
+    for each in report["forced"]:
+        said = f"forced  {each['device']} was used although {each['reason']}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     failed = report["failed"]
     for sample in failed[:NAMED]:
         console.print(f"failed  {sample['name']}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)

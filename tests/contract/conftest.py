@@ -104,13 +104,14 @@ class Fleet:
         *,
         bs: int = 1,
         backend: str = "simulated",
+        soc: str = "cpu",
         only: tuple[str, ...] = (),
         priority: int = 0,
         submission: int | None = None,
         shards: Sequence[tuple[int, int]] | None = None,
     ) -> Job:
         """A job of as many shards as batches, unless it says which."""
-        artifact = artifacts.simulated(zoo.get("lvvit"), bs).model_copy(update={"backend": backend})
+        artifact = artifacts.simulated(zoo.get("lvvit"), bs).model_copy(update={"backend": backend, "soc": soc})
         spec = JobSpec(
             model="lvvit",
             bs=bs,
@@ -135,19 +136,21 @@ class Fleet:
         *,
         host: str = "h",
         backends: tuple[str, ...] = ("simulated",),
+        soc: str = "cpu",
         machine: str | None = None,
+        forced: str = "",
     ) -> Worker:
         """The start of a device's worker: a new incarnation."""
         registration = Registration(
             name=f"{host}:{index}",
             host=host,
             index=index,
-            soc="cpu",
+            soc=soc,
             backends=backends,
             pid=4242,
             pid_started=1.0,
             kind="cpu",
-            info={"machine": machine},
+            info={"machine": machine} | ({"forced": forced} if forced else {}),
         )
         with self.database.write() as conn:
             return Worker(self, registration.name, devices.register(conn, self.database, registration, LEASE_S))

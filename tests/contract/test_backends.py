@@ -14,7 +14,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from farm import artifacts, zoo
-from farm.errors import DeviceError, JobError
+from farm.errors import DeviceError, HostError, JobError
 from tests import fake_acl
 from tests.datasets import write_tiny_onnx
 from workers.backends import BACKENDS, open_backend
@@ -239,11 +239,11 @@ def test_a_model_cut_short_is_a_job_error_by_name(tmp_path: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_model_that_is_not_there_is_a_job_error_by_name(tmp_path: Path, kind: str) -> None:
+def test_a_model_that_is_not_there_is_a_host_error_by_name(tmp_path: Path, kind: str) -> None:
     load = KINDS[kind](tmp_path, 1)
     Path(load.path).unlink()
 
-    with pytest.raises(JobError, match=f"cannot load {load.path}"):
+    with pytest.raises(HostError, match=f"cannot load {load.path}"):
         open_backend(load)
 
 

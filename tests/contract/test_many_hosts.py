@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from sqlalchemy import select
 
-from db import tables
+from db import devices, overview, shards, tables
 from farm.errors import UsageError
 from farm.jobs import AttemptState, DeviceState, Failure, Job, JobState, ShardState, Verdict
 from tests.contract.conftest import LEASE_S, Fleet, Worker, canary_of, failed, name_of, samples_of, scored
@@ -785,3 +785,61 @@ def test_who_did_not_hear_of_its_start_may_start_again(fleet: Fleet) -> None:
     assert again.assignment == taken
     worker.complete(taken)
     assert worker.start(taken.attempt_id, again=True) is None
+
+
+# -- chips -------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_goes_to_devices_with_its_jobs_chip_only(fleet: Fleet) -> None:
+    job = fleet.job(samples=8, backend="acl", soc="Ascend310P3")
+    fleet.worker(0, backends=("acl",), soc="Ascend310P1")
+    fitting = fleet.worker(1, backends=("acl",), soc="Ascend310P3")
+    fleet.worker(2, backends=("acl",), soc="Ascend310P")
+
+    with fleet.database.read() as conn:
+        assert shards.with_room(conn, fleet.database, LEASE_S) == [fitting.name]
+    assert {ring.device for ring in fleet.assign()} == {fitting.name}
+    with fleet.database.read() as conn:
+        everything = devices.everything(conn)
+        assert [d.name for d in devices.matching(everything, job.spec.artifact, ())] == [fitting.name]
+        assert shards.with_room(conn, fleet.database, LEASE_S) == []
+
+
+def test_a_simulated_job_goes_to_devices_of_any_chip(fleet: Fleet) -> None:
+    fleet.job(samples=8)
+    fleet.worker(0, soc="Ascend310P3")
+    fleet.worker(1)
+
+    assert len({ring.device for ring in fleet.assign()}) == 2
+
+
+def test_a_job_whose_chip_no_device_has_that_is_there_has_no_host_left(fleet: Fleet) -> None:
+    job = fleet.job(backend="acl", soc="Ascend310P3")
+    fleet.worker(0, backends=("acl",), soc="Ascend310P1")
+
+    with fleet.database.read() as conn:
+        assert shards.hosts_left(conn, fleet.database, job, LEASE_S) == set()
+
+
+def test_how_a_device_is_joins_what_is_known_of_it(fleet: Fleet) -> None:
+    fleet.worker(0, machine="m")
+
+    with fleet.database.write() as conn:
+        for name, degrees in (("h:0", 41), ("h:7", 1), ("h:0", 42)):
+            devices.observe(conn, name, {"temperature_c": degrees})
+        (found,) = devices.everything(conn)
+
+    assert found.info == {"machine": "m", "temperature_c": 42}
+
+
+def test_a_job_tells_which_of_its_devices_were_used_by_force(fleet: Fleet) -> None:
+    fleet.worker(0, forced="its health was Alarm")
+    job = fleet.job(samples=8)
+    fleet.worker(0, forced="its health is Alarm")
+    fleet.worker(1)
+    other = fleet.worker(2, forced="its health is Critical")
+    fleet.put(other, DeviceState.QUARANTINED)
+    fleet.assign()
+
+    with fleet.database.read() as conn:
+        assert overview.forced(conn, job.id) == [("h:0", "its health is Alarm")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 
 from farm.data.manifest import Sample
-from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError, JobError
+from farm.errors import DataError, DeviceCrashed, DeviceError, DeviceHung, FarmError, HostError, JobError
 from tests import fake_acl
 from tests.fake_acl import Described
 from tests.integration.test_pipeline import (
@@ -40,8 +41,8 @@ from tests.integration.test_pipeline import (
     scored,
     write_data,
 )
-from workers.backends import acl_codes, open_backend
-from workers.backends.acl import Clock, interval
+from workers.backends import acl_codes, check_host, open_backend
+from workers.backends.acl import Clock, interval, module_file
 from workers.backends.acl_codes import Blame
 from workers.backends.base import Backend, Load, TensorSpec, Times
 from workers.backends.simulated import SimulatedBackend, behaviour
@@ -267,7 +268,7 @@ def test_a_host_without_the_module_is_a_device_error_that_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "aclruntime", None)
 
-    assert "Install the vendor's wheel" in refusal(om(tmp_path), DeviceError)
+    assert "Install the vendor's wheel" in refusal(om(tmp_path), HostError)
 
 
 def test_another_module_of_that_name_is_a_device_error_that_says_what_it_lacks(
@@ -277,7 +278,7 @@ def test_another_module_of_that_name_is_a_device_error_that_says_what_it_lacks(
     stranger.BaseTensor = object  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "aclruntime", stranger)
 
-    assert "has no InferenceSession, session_options" in refusal(om(tmp_path), DeviceError)
+    assert "has no InferenceSession, session_options" in refusal(om(tmp_path), HostError)
 
 
 # -- times -------------------------------------------------------------------------------------------------------
@@ -666,10 +667,10 @@ def test_a_model_for_another_chip_is_a_job_error_that_says_so(tmp_path: Path) ->
     assert "compiled for another chip" in refusal(om(tmp_path, soc="Ascend910B3"), JobError)
 
 
-def test_a_model_of_another_cann_is_a_job_error_that_says_so(tmp_path: Path) -> None:
+def test_a_model_of_another_cann_is_a_host_error_that_says_so(tmp_path: Path) -> None:
     load = om(tmp_path, {"kind": "code", "at": "load", "text": "E19999: Invalid opp version"})
 
-    assert "another version of CANN" in refusal(load, JobError)
+    assert "another version of CANN" in refusal(load, HostError)
 
 
 @pytest.mark.parametrize("number", [507010, 507015, 500004])
@@ -798,26 +799,28 @@ def deep(path: Path, levels: int = 33) -> Path:
         (lambda path: path.rename(path.with_name("m+1.om")), "takes only letters, digits"),
     ],
 )
-def test_a_file_that_the_module_would_refuse_is_a_job_error_that_says_why(
+def test_a_file_that_the_module_would_refuse_is_a_host_error_that_says_why(
     tmp_path: Path, acl: Any, spoil: Callable[[Path], Path], said: str
 ) -> None:
     load = load_of(spoil(Path(om(tmp_path).path)))
 
-    text = refusal(load, JobError)
+    text = refusal(load, HostError)
 
     assert f"cannot load {load.path}: " in text
     assert said in text
+    with pytest.raises(HostError, match=re.escape(said)):
+        check_host(load)
     with pytest.raises(RuntimeError, match="please check model path"):
         acl.InferenceSession(load.path, 0, acl.session_options())
 
 
-def test_a_file_that_may_not_be_read_is_a_job_error_that_says_so(
+def test_a_file_that_may_not_be_read_is_a_host_error_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = om(tmp_path)
     monkeypatch.setattr("os.access", lambda *_: False)
 
-    assert f"may not read it: chmod u+r {load.path}" in refusal(load, JobError)
+    assert f"may not read it: chmod u+r {load.path}" in refusal(load, HostError)
 
 
 def test_a_file_at_the_deepest_allowed_level_loads(tmp_path: Path) -> None:
@@ -826,12 +829,43 @@ def test_a_file_at_the_deepest_allowed_level_loads(tmp_path: Path) -> None:
     open_backend(load).close()
 
 
-def test_a_path_that_the_module_refuses_all_the_same_is_a_job_error(
+def test_a_path_that_the_module_refuses_all_the_same_is_a_host_error(
     tmp_path: Path, acl: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(acl, "_is_fine", lambda _: False)
 
-    assert "refuses the path" in refusal(om(tmp_path), JobError)
+    assert "refuses the path" in refusal(om(tmp_path), HostError)
+
+
+def test_a_host_error_comes_through_the_pipeline_as_one(pipeline: Pipeline, data: Data, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"does not end in \.om"):
+        pipeline.run(plan_of(data, load_of(Path(om(tmp_path).path).rename(tmp_path / "model.bin"))))
+
+
+def test_a_host_that_lacks_nothing_passes_the_look_from_outside(tmp_path: Path) -> None:
+    check_host(om(tmp_path))
+
+    assert module_file() == str(fake_acl.FOLDER / "aclruntime.py")
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("import os; os.abort()", r"importing aclruntime ended the process \(-6\)"),
+        ("raise ImportError('GLIBCXX_3.4.29 not found')", "cannot import aclruntime: GLIBCXX_3.4.29 not found"),
+        ("print('hello')", "has no InferenceSession, session_options, BaseTensor: it is not the vendor's"),
+        ("import time; time.sleep(60)", "does not end within 1 s"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_told_from_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, said: str
+) -> None:
+    (tmp_path / "aclruntime.py").write_text(module)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("workers.backends.acl._IMPORT_S", 1.0 if "sleep" in module else 60.0)
+
+    with pytest.raises(HostError, match=said):
+        check_host(om(tmp_path))
 
 
 # -- what is printed ---------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -210,6 +211,21 @@ def test_an_upgrade_keeps_every_row(farm: Settings, revision: str) -> None:
     del before["alembic_version"]
     for table, (row,) in before.items():
         assert [{key: kept[key] for key in row} for kept in after[table]] == [row]
+
+
+def test_an_upgrade_tells_jobs_the_chips_of_their_artifacts(farm: Settings) -> None:
+    of_old(farm, "0003")
+    specs = {("acl", "Ascend310P3"): 2, ("ort", "cpu"): 3, ("simulated", "cpu"): 4}
+    with closing(Database(url_of(farm))) as database, database.write() as conn:
+        columns = "id, state, model, bs, backend, artifact_sha256, samples, spec, created"
+        copy = "SELECT :id, state, model, bs, :backend, '', 1, :spec, 0 FROM job WHERE id = 1"
+        for (backend, soc), number in specs.items():
+            values = {"id": number, "backend": backend, "spec": json.dumps({"artifact": {"soc": soc}})}
+            conn.execute(text(f"INSERT INTO job ({columns}) {copy}"), values)
+
+    migrated(farm)
+
+    assert {row["id"]: row["soc"] for row in rows(farm)["job"]} == {1: "", 2: "Ascend310P3", 3: "cpu", 4: ""}
 
 
 @pytest.mark.parametrize("make", [made, migrated])

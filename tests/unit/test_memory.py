@@ -23,8 +23,8 @@ def worker(devices: int, memory: float, monkeypatch: pytest.MonkeyPatch) -> Devi
     """One of so many devices on a host of so much memory, which is all that is asked of it."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=memory))
     made = object.__new__(DeviceWorker)
-    made._local = [LocalDevice(host="h", index=i, soc="cpu", backends=("simulated",)) for i in range(devices)]
-    made.device = made._local[0]
+    made._peers = devices
+    made.device = LocalDevice(host="h", index=0, soc="cpu", backends=("simulated",))
     return made
 
 

@@ -13,6 +13,8 @@ import ctypes
 import os
 import re
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -21,7 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from farm.errors import DataError, DeviceError, FarmError, JobError
+from farm.errors import DataError, DeviceError, FarmError, HostError, JobError
+from farm.leash import ROOT
 from workers.backends import acl_codes
 from workers.backends.acl_codes import Blame
 from workers.backends.base import Array, Backend, Load, TensorSpec, Times
@@ -33,6 +36,8 @@ _DTYPES = {
 }  # fmt: skip
 _MEMBERS = ("InferenceSession", "session_options", "BaseTensor")
 _MAX_BYTES, _MAX_DEPTH = 64 << 30, 32
+_IMPORT_S = 60.0
+_ANSWER = "farm: "
 #: How much of what was printed during a call is looked at: the end, where the complaint is.
 _SAID_BYTES = 1 << 16
 #: An interval by the module's clock counts while that clock's step is not more of it than this.
@@ -41,11 +46,11 @@ _FIT = 0.01
 #: The compiler names an output after the operator, the operator's output and, mostly, the graph's output.
 _COMPILED = re.compile(r".+:\d+(?::(?P<tensor>.+))?")
 _CODED = re.compile(r"\[(-?\d+)\]\[.*\]")
-#: Why a model does not load, by CANN's words.
-_LOAD_HINTS = (
-    (re.compile(r"stream_list\.size\(\): 0"), "it was compiled for another chip: compile it for this one"),
-    (re.compile(r"Invalid opp version"), "another version of CANN compiled it: use this one"),
-)  # fmt: skip
+#: Why a model does not load, by CANN's words. Hosts may have different CANNs, a job's devices have one chip.
+_LOAD_HINTS: tuple[tuple[re.Pattern[str], type[FarmError], str], ...] = (
+    (re.compile(r"stream_list\.size\(\): 0"), JobError, "it was compiled for another chip: compile it for this one"),
+    (re.compile(r"Invalid opp version"), HostError, "another version of CANN compiled it: use this one"),
+)
 
 
 class AclBackend(Backend):
@@ -109,7 +114,7 @@ class AclBackend(Backend):
         except FarmError:
             raise
         except Exception as exc:
-            raise DeviceError(f"this aclruntime does not describe {load.path} as expected: {exc}") from exc
+            raise HostError(f"this aclruntime does not describe {load.path} as expected: {exc}") from exc
         self._clock = Clock(acl, self._session)
 
     def _check_tensors(self) -> None:
@@ -168,9 +173,9 @@ class AclBackend(Backend):
         text, said, path = _text(exc), self._stdout.said, self._load.path
         coded = _CODED.match(text)
         if isinstance(exc, TypeError):
-            return DeviceError(f"this aclruntime does not open models as expected: {text}")
+            return HostError(f"this aclruntime does not open models as expected: {text}")
         if "check model path" in text:
-            return JobError(f"cannot load {path}: aclruntime refuses the path, though it should not: {text}")
+            return HostError(f"cannot load {path}: aclruntime refuses the path, though it should not: {text}")
         if coded is None:
             return DeviceError(f"cannot open {self._where}: {text}")
         code = int(coded[1])
@@ -188,9 +193,10 @@ class AclBackend(Backend):
             )
         if found is not None and whom is not Blame.OURS:
             return DeviceError(f"{self._where} cannot load {path}: {acl_codes.meaning(found)}. {detail}")
-        hints = [hint for words, hint in _LOAD_HINTS if words.search(said)]
-        why = hints[0] if hints else "it is no model, or one for another chip or CANN"
-        return JobError(f"cannot load {path}: {why}. {detail}")
+        for words, error, hint in _LOAD_HINTS:
+            if words.search(said):
+                return error(f"cannot load {path}: {hint}. {detail}")
+        return JobError(f"cannot load {path}: it is no model, or one for another chip or CANN. {detail}")
 
     def _failed(self, exc: Exception, *, running: bool) -> FarmError:
         """Whose fault a failed run is."""
@@ -302,12 +308,36 @@ def open_backend(load: Load) -> Backend:
     return AclBackend(_module(), load)
 
 
+def check_host(path: str) -> None:
+    """`HostError` for what would keep any device of this host from loading this file."""
+    _check_file(path)
+    module_file()
+
+
+def module_file() -> str:
+    """Where the vendor's module lies that a device process would import; tried apart, for an import may abort."""
+    command = [sys.executable, "-m", "farm.leash", str(os.getpid()), sys.executable, "-m", "workers.backends.acl"]
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_IMPORT_S, check=False, cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        raise HostError(f"importing aclruntime does not end within {_IMPORT_S:g} s: see to the driver") from None
+    lines = done.stdout.decode(errors="replace").splitlines()
+    said = [
+        line.removeprefix(_ANSWER) for line in lines if line.startswith(_ANSWER)
+    ]  # the module may say something, too
+    if said and done.returncode == 0:
+        return said[0]
+    raise HostError(said[0] if said else f"importing aclruntime ended the process ({done.returncode})")
+
+
 def _check_file(path: str) -> None:
     """The module's own rules for a model's file, of which it says no more than "please check model path"."""
     try:
         status = os.lstat(path)
     except OSError as exc:
-        raise JobError(f"cannot load {path}: {exc.strerror}") from exc
+        raise HostError(f"cannot load {path}: {exc.strerror}") from exc
     depth = len([part for part in path.split("/") if part])
     rules = (
         (
@@ -327,20 +357,20 @@ def _check_file(path: str) -> None:
     )
     for kept, broken in rules:
         if not kept:
-            raise JobError(f"cannot load {path}: {broken}")
+            raise HostError(f"cannot load {path}: {broken}")
 
 
 def _module() -> Any:
     try:
         acl = import_module("aclruntime")
     except Exception as exc:  # its libraries may be missing, or unfit, in many ways
-        raise DeviceError(
+        raise HostError(
             f"cannot import aclruntime: {exc}. Install the vendor's wheel and source CANN's set_env.sh"
         ) from exc
     missing = [name for name in _MEMBERS if not hasattr(acl, name)]
     if missing:
         where = getattr(acl, "__file__", None) or "aclruntime"
-        raise DeviceError(f"{where} has no {', '.join(missing)}: it is not the vendor's aclruntime")
+        raise HostError(f"{where} has no {', '.join(missing)}: it is not the vendor's aclruntime")
     return acl
 
 
@@ -392,3 +422,18 @@ def _complaint(said: str) -> str:
     """CANN's complaint, for the end of a sentence."""
     lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("[INFO]")]
     return f"; CANN: {' '.join(lines)[:400]}" if lines else ""
+
+
+def _main() -> None:
+    """What `module_file` has run. It ends before the module is taken down, which is another matter."""
+    try:
+        code, said = 0, getattr(_module(), "__file__", None) or "aclruntime"
+    except HostError as exc:
+        code, said = 1, " ".join(str(exc).split())
+    sys.stdout.write(f"\n{_ANSWER}{said}\n")
+    sys.stdout.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _main()

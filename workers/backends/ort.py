@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import onnxruntime
 
-from farm.errors import DeviceError, JobError
+from farm.errors import DeviceError, HostError, JobError
 from workers.backends.base import Array, Backend, Load, TensorSpec, Times
 
 _NUMPY_NAMES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(uint8)": "uint8"}
@@ -21,6 +22,8 @@ class OrtBackend(Backend):
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        if not Path(load.path).is_file():
+            raise HostError(f"onnxruntime cannot load {load.path}: there is no such file")
         try:
             self._session = onnxruntime.InferenceSession(load.path, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # onnxruntime's errors share no base class

@@ -1,0 +1,20 @@
+"""The chip that a job's artifact is for."""
+
+import json
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+
+def upgrade() -> None:
+    op.add_column("job", sa.Column("soc", sa.String(40), nullable=False, server_default=""))
+    job = sa.table("job", *map(sa.column, ("id", "spec", "soc", "backend")))
+    conn = op.get_bind()
+    for job_id, spec in conn.execute(sa.select(job.c.id, job.c.spec).where(job.c.backend != "simulated")).all():
+        frozen = json.loads(spec)
+        artifact = frozen.get("artifact") if isinstance(frozen, dict) else None
+        if isinstance(artifact, dict) and (soc := artifact.get("soc")):
+            conn.execute(sa.update(job).where(job.c.id == job_id).values(soc=soc))
