@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -17,6 +18,9 @@ from farm.artifacts import Artifact, TensorInfo
 from farm.data import manifest
 from farm.data.manifest import Header, Manifest, Sample
 from tests import fake_acl
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 LVVIT = zoo.get("lvvit")
 
@@ -43,6 +47,15 @@ def load_bin(data_dir: Path, name: str) -> NDArray[np.float32]:
     """One bin as float32 [3, 224, 224]."""
     path = manifest.bin_path(manifest.bins_dir(data_dir, LVVIT.recipe), name)
     return np.fromfile(path, dtype=np.float32).reshape(LVVIT.input.shape)
+
+
+def session_of(graph: Path) -> InferenceSession:
+    """A graph in onnxruntime on one core: tests run side by side, and idle threads of its pool spin."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def write_tiny_onnx(data_dir: Path, bs: int, *, work: int = 0, seed: int = 0) -> Artifact:
@@ -130,12 +143,10 @@ def expected_om_digest(data_dir: Path, count: int) -> str:
 
 def expected_digest(data_dir: Path, count: int, *, bs: int = 4, seed: int = 0) -> str:
     """What the farm must answer for `write_bins` and `write_tiny_onnx`: plain onnxruntime, numpy and hashlib."""
-    import onnxruntime
-
     with tempfile.TemporaryDirectory() as scratch:
         artifact = write_tiny_onnx(Path(scratch), bs, seed=seed)
         path = artifacts.directory(Path(scratch), LVVIT.name) / artifact.file
-        session = onnxruntime.InferenceSession(path)
+        session = session_of(path)
     digest = hashlib.sha256()
     for start in range(1, count + 1, bs):
         names = [name_of(number) for number in range(start, min(start + bs, count + 1))]
@@ -239,10 +250,9 @@ def published_logits(data_dir: Path, graph: Path, name: str) -> NDArray[np.float
 
     `graph` has the full head and batch size 1. Nothing of the farm's merge or geometry is used.
     """
-    import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    session = session_of(graph)
     total: torch.Tensor | None = None
     for path in sorted(manifest.bins_dir(data_dir, "seg").glob(f"{name}-*.bin")):
         *_, box, original, last = path.stem.rsplit("-", 3)

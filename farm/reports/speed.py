@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
-from db import jobs, results
+from db import devices, jobs, results
 from db.engine import Database
 from farm import zoo
 from farm.jobs import JobSpec, JobState
@@ -30,6 +30,7 @@ def build(database: Database, job_id: int) -> Speed:
     with database.read() as conn:
         job = jobs.get(conn, job_id)
         times = results.attempt_times(conn, job_id)
+        device = devices.get(conn, job.spec.devices[0])
     spec = job.spec
     ms = np.concatenate([t.batch_ms for t in times]) if times else np.zeros((0, 3), np.float32)
     reference = zoo.get(spec.model).reference_fps.get(spec.bs)
@@ -48,6 +49,8 @@ def build(database: Database, job_id: int) -> Speed:
         **{name: _spread(ms[:, column]) if len(ms) else None for column, name in enumerate(STAGES)},
         "fps": fps,
         "drift": _drift(ms[:, 1]),
+        # As it is now: it was looked at while it ran, if this is asked then.
+        **{key: device.info.get(key) if device else None for key in ("health", "temperature_c", "foreign")},
         "reference_fps": reference,
         "over_reference": fps / reference if fps and reference else None,
     }
@@ -92,12 +95,20 @@ def table(speeds: Sequence[Speed]) -> Table:
 
 
 def _remark(speed: Speed) -> str:
-    if speed["error"]:
-        return str(speed["error"])
     said = ["simulated"] if speed["simulated"] else []
+    return str(speed["error"]) or ", ".join([*said, *explained(speed)])
+
+
+def explained(speed: Speed) -> list[str]:
+    """What may be the matter with a figure, in phrases."""
+    said = []
     if not has_settled(speed):
-        said.append(f"did not settle: {100 * speed['drift']:+.1f} % from first to second half")
-    return ", ".join(said)
+        slower, celsius = speed["drift"] > 0, speed["temperature_c"]
+        why = f", throttled perhaps: {celsius:.0f} °C" if slower and celsius else ""
+        said.append(f"did not settle: batches took {100 * speed['drift']:+.1f} % in the second half{why}")
+    if speed["health"] not in (None, "OK"):
+        said.append(f"health {speed['health']}")
+    return said + [f"process {p['pid']} ({p['name']}) is on it, too" for p in speed["foreign"] or ()]
 
 
 def _drift(compute: NDArray[np.float32]) -> float:

@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.table import Table
 
-from farm.reports.speed import Speed, has_settled
+from farm.reports.speed import Speed, explained
 from farm.zoo.spec import ModelSpec
 
 #: The metric of a dataset that the guides publish.
 METRIC = {"imagenet": "top1", "ade20k": "miou"}
-#: Devices of one kind that differ by more than this share are worth a remark; so is a device fps off the reference's.
-SPREAD, OFF = 0.03, 0.02
+#: Devices of one kind that differ by more than this share are worth a remark.
+SPREAD = 0.03
 
 Report = Mapping[str, Any]
 
@@ -85,11 +85,12 @@ class Cell:
             said.append(f"{report['samples']['failed']} samples failed and do not count")
         if report and report["quarantined"]:
             said.append(f"in quarantine meanwhile: {', '.join(q['device'] for q in report['quarantined'])}")
+        said += [f"{each['device']} was used although: {each['reason']}" for each in report["forced"]] if report else []
         if measured:
             slow, fast = min(measured, key=_fps), max(measured, key=_fps)
             if _fps(fast) > (1 + SPREAD) * _fps(slow):
                 said.append(f"devices differ: {slow['device']} {_fps(slow):.1f} fps, {fast['device']} {_fps(fast):.1f}")
-        said += [f"{s['device']} did not settle: {100 * s['drift']:+.1f} %" for s in measured if not has_settled(s)]
+        said += [f"{speed['device']}: {phrase}" for speed in measured for phrase in explained(speed)]
         said += sorted({s["error"] for s in self.speeds if s["error"]} - {self.missing})
         return said
 

@@ -10,7 +10,7 @@ import pytest
 
 from farm import canary
 from tests.acceptance.conftest import Farm, assert_one_row_a_sample
-from tests.datasets import expected_digest, name_of, write_bins, write_tiny_onnx
+from tests.datasets import expected_digest, name_of, session_of, write_bins, write_tiny_onnx
 
 WRONG = "localhost:1"
 
@@ -84,10 +84,9 @@ def test_an_artifact_whose_answers_are_far_from_its_reference_condemns_the_devic
 
 def answers_of(artifact: Path) -> canary.Array:
     import numpy as np
-    import onnxruntime
 
     given = np.empty((canary.COUNT, 3, 224, 224), np.float32)
     canary.fill(given, 0)
-    session = onnxruntime.InferenceSession(artifact, providers=["CPUExecutionProvider"])
+    session = session_of(artifact)
     found: canary.Array = session.run(None, {session.get_inputs()[0].name: given})[0]
     return found

@@ -12,13 +12,12 @@ from pathlib import Path
 from time import perf_counter, sleep, time
 
 import numpy as np
-import onnxruntime
 import psutil
 import pytest
 
 from farm import artifacts
 from tests.acceptance.conftest import Farm, assert_one_row_a_sample, wait_for
-from tests.datasets import expected_digest, name_of, write_bins, write_tiny_onnx
+from tests.datasets import expected_digest, name_of, session_of, write_bins, write_tiny_onnx
 
 COUNT = 640
 KILLS = 5
@@ -38,9 +37,7 @@ def data(farm: Farm) -> Path:
 
 
 def _batch_ms(path: Path) -> float:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options)
+    session = session_of(path)
     batch = {"image": np.ones((4, 3, 224, 224), np.float32)}
     session.run(None, batch)
     began = perf_counter()

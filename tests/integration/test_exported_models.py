@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import pytest
 import torch
 
@@ -19,6 +18,7 @@ from farm.data.recipes import RECIPES, normalisation
 from farm.errors import DataError, UsageError
 from farm.export import onnx as exporting
 from farm.export.onnx import Exported, Form, export
+from tests.datasets import session_of
 from tests.golden import parity
 
 #: lvvit's graphs have a file of tests of their own.
@@ -52,7 +52,7 @@ def checkpoint(model: str, directory: Path) -> Path:
 
 def run(path: Path, images: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """Outputs for images by onnxruntime, batch by batch of the size the graph has; the last one padded."""
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     (given,) = session.get_inputs()
     bs = given.shape[0]
     padded = np.concatenate([images, np.zeros((-len(images) % bs, *images.shape[1:]), images.dtype)])

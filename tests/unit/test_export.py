@@ -20,6 +20,7 @@ from farm.errors import DataError, FarmError, StorageError, UsageError
 from farm.export import INSTALL, require_torch
 from farm.export import onnx as exporting
 from farm.export.onnx import Exported, export
+from tests.datasets import session_of
 from tests.golden import parity
 
 SPEC = zoo.get("lvvit")
@@ -52,9 +53,7 @@ def export_one(checkpoint: Path, data_dir: Path, bs: int = 1) -> Exported:
 
 def run(path: Path, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Scores of images by onnxruntime, batch by batch of the size the graph has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = session_of(path)
     bs = session.get_inputs()[0].shape[0]
     batches = [session.run(["features"], {"image": images[i : i + bs]})[0] for i in range(0, len(images), bs)]
     return np.concatenate(batches)
