@@ -124,10 +124,11 @@ def _cut_to_pace(conn: Connection, shard: _Pending, device: Device) -> _Pending:
     So no device holds up the end of a job, and little is lost with any of them. A shard that has a history stays whole,
     and so do those of images in windows: where their batches may begin is not known here.
     """
-    paces = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
-    paces = paces.where(a.state == AttemptState.WON.value, a.device == device.name).order_by(a.id.desc()).limit(4)
-    own = _pace([row for row in conn.execute(paces) if row.job_id == shard.job_id])
-    usual = _usual_s(conn, shard.job_id) if own else None
+    won = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
+    won = won.where(a.state == AttemptState.WON.value, a.device == device.name).order_by(a.id.desc()).limit(4)
+    rows = conn.execute(won).all()
+    own = _pace([row for row in rows if row.job_id == rows[0].job_id])  # of its latest job, which may not be this one
+    usual = _usual_s(conn, rows[0].job_id) if own else None
     if not own or not usual or own < SLOW_FACTOR * usual:
         return shard
     spec = jobs.get(conn, shard.job_id).spec

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +75,10 @@ def test_a_job_runs_on_all_sound_npus_and_a_run_that_holds_the_gil_keeps_no_work
             lambda: {name for said in control.ping(destination=names, connection=link) for name in said} == set(names),
             what="its Celery worker answers",
         )
+        heard: set[str] = set()  # as Flower hears them
+        handlers = {"worker-heartbeat": lambda event: heard.add(event["hostname"])}
+        receiver = make_app(broker.url(Settings(home=npus.home))).events.Receiver(link, handlers=handlers)
+        wait_for(lambda: _listened(receiver, heard) >= set(names), what="its Celery worker's events go on")
     os.close(os.open(gate, os.O_WRONLY))
     stdout, stderr = command.communicate(timeout=60)
 
@@ -125,6 +131,12 @@ def test_a_farm_of_sick_npus_comes_up_only_if_its_user_insists_and_then_says_so(
     assert "is up already" in again
     assert "localhost:1 works although its health is Alarm" in shown
     assert (json.loads(info)["forced"], json.loads(info)["at_start"]["health"]) == ("its health is Alarm", "Alarm")
+
+
+def _listened(receiver: Any, heard: set[str]) -> set[str]:
+    with suppress(TimeoutError):
+        receiver.capture(limit=1, timeout=1)
+    return heard
 
 
 def _heard(farm: Farm, beats: dict[str, set[float]]) -> bool:

@@ -440,6 +440,18 @@ def test_a_slow_device_takes_no_more_of_a_shard_than_it_does_in_the_usual_time(f
     assert (found[0][0], found[-1][1]) == (0, 200)
 
 
+def test_a_slow_device_is_known_when_the_next_job_begins(fleet: Fleet) -> None:
+    job, slow, quick = with_a_pace(fleet, 10)
+    fleet.cancel(job)
+    again = fleet.job(samples=200, bs=2, shards=TWENTIES)
+
+    taken = slow.take()
+
+    assert (taken.job.id, taken.stop - taken.start) == (again.id, 2)
+    whole = quick.take()
+    assert whole.stop - whole.start == 20
+
+
 def test_a_job_with_a_slow_device_ends_with_a_row_a_sample(fleet: Fleet) -> None:
     job, slow, quick = with_a_pace(fleet, 10)
 
