@@ -447,7 +447,8 @@ def test_a_slow_device_is_known_when_the_next_job_begins(fleet: Fleet) -> None:
 
     taken = slow.take()
 
-    assert (taken.job.id, taken.stop - taken.start) == (again.id, 2)
+    assert taken.job.id == again.id
+    assert taken.stop - taken.start <= 4
     whole = quick.take()
     assert whole.stop - whole.start == 20
 
