@@ -88,7 +88,8 @@ class DeviceWorker:
         self._database = database
         self._peers = peers
         # Post-processing may use a device's share of the host's cores.
-        self._pipeline = Pipeline(settings.deadline_s, threads=max(1, len(os.sched_getaffinity(0)) // max(1, peers)))
+        threads = max(1, len(os.sched_getaffinity(0)) // max(1, peers))
+        self._pipeline = Pipeline(settings.deadline_s, device.backends[0], threads=threads)
         self._data: Mapping[str, Manifest] = {}
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do

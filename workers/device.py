@@ -33,7 +33,9 @@ START_S, LOAD_S, REAP_S = 60.0, 600.0, 10.0
 class DeviceProcess:
     """One device process at a time; `ensure` starts the first and every later one."""
 
-    def __init__(self) -> None:
+    def __init__(self, *backends: str) -> None:
+        """`backends` are those that it will most likely need."""
+        self._backends = backends
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="device-starter")
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
@@ -143,6 +145,7 @@ class DeviceProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-m", "workers.device_process", str(os.getpid()), str(theirs.fileno())]
+            command += self._backends
             try:
                 self._process = subprocess.Popen(
                     command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd=ROOT

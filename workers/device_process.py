@@ -4,7 +4,7 @@ The process that owns a device: it loads a model and runs batches where they lie
 Apart because a vendor's call may hold Python's GIL, hang, leak or abort. Speaks JSON messages over a SOCK_SEQPACKET
 socket (``op``: load, run; answers: ready, loaded, refused, done, error); tensors never pass through it.
 
-    python -m workers.device_process PARENT_PID SOCKET_FD
+    python -m workers.device_process PARENT_PID SOCKET_FD [BACKEND]
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 MESSAGE_BYTES = 1 << 16
@@ -29,16 +29,19 @@ def main() -> None:
     # The terminal's Ctrl-C is the worker's business; it closes the socket when the time has come.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with socket.socket(fileno=descriptor) as link:
-        _preload()
+        _preload(sys.argv[3:])
         _send(link, {"op": "ready"})
         _serve(link)
 
 
-def _preload() -> None:
-    """Import what every load needs while the worker is still starting itself."""
-    import numpy  # noqa: F401
+def _preload(backends: Sequence[str]) -> None:
+    """Import what loads will need while the worker is still starting itself."""
+    from importlib import import_module
 
-    import workers.backends.base  # noqa: F401
+    from workers.backends import BACKENDS
+
+    for name in backends:
+        import_module(BACKENDS[name])
 
 
 def _serve(link: socket.socket) -> None:

@@ -140,9 +140,9 @@ class _Batch:
 class Pipeline:
     """The threads and the ring of one device. `run` and `read_ahead` are for one caller thread."""
 
-    def __init__(self, deadline_s: float, threads: int = 1) -> None:
-        """`threads` is how many post-processing may use."""
-        self.device = DeviceProcess()
+    def __init__(self, deadline_s: float, *backends: str, threads: int = 1) -> None:
+        """`backends` are those most likely needed, `threads` is how many post-processing may use."""
+        self.device = DeviceProcess(*backends)
         self._deadline_s = deadline_s
         self._threads_for_post = threads
         self._change = threading.Condition()

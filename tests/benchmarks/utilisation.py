@@ -1,0 +1,265 @@
+"""
+How busy the farm keeps simulated devices, and what of the host it takes.
+
+    python -m tests.benchmarks.utilisation [--devices 8] [--model lvvit] [--bs 4] [--seconds 20] [--cluster] [--short]
+
+The limit is the devices': so many of them times the reference's device fps, copies left out. The peer is the published
+way in the same run: one process that reads bins, runs a batch and writes its scores as text. Bins of real size in the
+page cache, every one checked; full outputs; top-5 in the database. `--cluster` takes Valkey by TCP and Postgres instead
+of the embedded ones. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager, suppress
+from pathlib import Path
+from time import perf_counter, sleep
+from typing import Any
+
+import numpy as np
+import psutil
+from sqlalchemy import text
+
+from db.engine import Database, open_database
+from farm import zoo
+from farm.data import made_up, recipes
+from farm.settings import Settings
+from tests.servers import Postgres, Valkey
+
+FARM = Path(sys.executable).with_name("farm")
+#: Share of the devices' limit in steady state, by how many there are; of another model than lvvit, 0.97.
+TARGETS = {8: 0.99, 32: 0.98, 64: 0.95}
+#: CPU of all processes together, ms a sample; RSS of a worker and its device process, MB.
+CPU_MS, RSS_MB = 0.25, 140.0
+#: A device that has done a batch when it has computed it.
+NO_COPIES = '{"h2d_ms": 0, "d2h_ms": 0}'
+#: What a process is, by a word of its command line.
+KINDS = {"tasks.worker": "worker", "workers.device_process": "device", "tasks.local_host": "host", "valkey": "broker"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--devices", type=int, default=8)
+    parser.add_argument("--model", default="lvvit")
+    parser.add_argument("--bs", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--samples", type=int, help="instead of so many as take --seconds")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--cluster", action="store_true")
+    parser.add_argument("--short", action="store_true", help="4 devices, 3 s: shows that it runs")
+    arguments = parser.parse_args()
+    if arguments.short:
+        arguments.devices, arguments.seconds = 4, 3.0
+    spec = zoo.get(arguments.model)
+    ideal = arguments.devices * spec.reference_fps[arguments.bs]
+    samples = arguments.samples or int(ideal * arguments.seconds) // arguments.bs * arguments.bs
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
+        home = Path(scratch) / "home"
+        made_up.make(recipes.get(spec.recipe, "float32"), home / "data", samples)
+        env = dict(_servers(servers)) if arguments.cluster else {}
+        env |= {"FARM_HOME": str(home), "FARM_SIMULATE": f"{arguments.devices}x310P3", "FARM_SIMULATED": NO_COPIES}
+        with _farm_of(env, arguments.devices) as up_s:
+            rounds = [
+                _round(env, spec.name, arguments.bs, samples, arguments.devices) for _ in range(arguments.rounds + 1)
+            ]
+        cold, *warm = rounds
+        peer = _published(home, spec.name, arguments.bs)
+    print(json.dumps(_summary(arguments, ideal, samples, up_s, cold, warm, peer)))
+
+
+def _summary(
+    arguments: argparse.Namespace,
+    ideal: float,
+    samples: int,
+    up_s: float,
+    cold: Mapping[str, float],
+    warm: list[dict[str, float]],
+    peer: Mapping[str, float],
+) -> dict[str, Any]:
+    figures = {name: round(statistics.median(each[name] for each in warm), 4) for name in warm[0]}
+    wanted = TARGETS.get(arguments.devices, 0.95) if arguments.model == "lvvit" else 0.97
+
+    def target(value: float, wanted: float, *, most: bool = False) -> dict[str, Any]:
+        return {"value": round(value, 4), "target": wanted, "met": value <= wanted if most else value >= wanted}
+
+    return {
+        "benchmark": "utilisation",
+        "simulated": True,
+        "devices": arguments.devices,
+        "model": arguments.model,
+        "bs": arguments.bs,
+        "samples": samples,
+        "cluster": arguments.cluster,
+        "ideal_fps": ideal,
+        **figures,
+        "steady_over_ideal": round(figures["steady_fps"] / ideal, 4),
+        "command_over_ideal": round(figures["command_fps"] / ideal, 4),
+        "up_s": round(up_s, 2),
+        "first_job": {name: round(value, 4) for name, value in cold.items()},
+        "published_way": {name: round(value, 4) for name, value in peer.items()},
+        "steady_busy_over_published": round(figures["busy"] / peer["busy"], 4),
+        "targets": {
+            "steady_over_ideal": target(figures["steady_fps"] / ideal, wanted),
+            "command_s_over_ideal": target(figures["command_s"] / (samples / ideal), 1.03, most=True),
+            "cpu_ms": target(figures["cpu_ms"], CPU_MS, most=True),
+            "rss_mb": target(figures["rss_mb"], RSS_MB, most=True),
+        },
+    }
+
+
+@contextmanager
+def _farm_of(env: Mapping[str, str], devices: int) -> Iterator[float]:
+    """A farm of so many devices; inside, the seconds it took to come up."""
+    began = perf_counter()
+    if "FARM_BROKER_URL" not in env:
+        _farm(env, "up", "--timeout", "120")
+        try:
+            yield perf_counter() - began
+        finally:
+            _farm(env, "down")
+        return
+    logs = Path(env["FARM_HOME"]).parent
+    with (logs / "worker.log").open("w") as worker_log, (logs / "coordinator.log").open("w") as coordinator_log:
+        services = [
+            subprocess.Popen([FARM, name], env={**os.environ, **env}, stderr=log, stdout=log)
+            for name, log in (("worker", worker_log), ("coordinator", coordinator_log))
+        ]
+        try:
+            with closing(open_database(_settings(env))) as database:
+                while _count(database, "SELECT count(*) FROM device WHERE state = 'up'") < devices:
+                    sleep(0.1)
+            yield perf_counter() - began
+        finally:
+            for service in services:
+                service.terminate()
+            for service in services:
+                service.wait(60)
+
+
+def _round(env: Mapping[str, str], model: str, bs: int, samples: int, devices: int) -> dict[str, float]:
+    before = _cpu_s(env)
+    began = perf_counter()
+    report = json.loads(_farm(env, "submit", model, "--bs", str(bs), "--limit", str(samples), "--json"))
+    command_s = perf_counter() - began
+    spent = {kind: seconds - before.get(kind, 0.0) for kind, seconds in _cpu_s(env).items()}
+    assert report["samples"]["scored"] == samples, report
+    with closing(open_database(_settings(env))) as database:
+        steady_fps = _steady_fps(database, report["job"])
+    cpu = {f"cpu_ms_{kind}": 1000 * seconds / samples for kind, seconds in spent.items()}
+    found = {
+        "steady_fps": steady_fps,
+        "wall_fps": report["fps"]["wall"],
+        "command_fps": samples / command_s,
+        "command_s": command_s,
+        "busy": report["busy"],
+        "cpu_ms": sum(cpu.values()),
+        **cpu,
+        **{name: mb / devices for name, mb in _memory(env).items()},
+    }
+    print({name: round(value, 3) for name, value in found.items()}, file=sys.stderr)
+    return found
+
+
+def _published(home: Path, model: str, bs: int) -> dict[str, float]:
+    """One device driven in sequence: read, run, write text. `busy` is the device's share of the time."""
+    directory = home / "data" / "bins" / f"{zoo.get(model).recipe}-float32"
+    paths = sorted(directory.glob("*.bin"))[: 60 * bs]
+    scores = np.random.default_rng(0).standard_normal((bs, 1000), dtype=np.float32)
+    seconds = bs / zoo.get(model).reference_fps[bs]
+    with tempfile.TemporaryDirectory() as out:
+        began, running = perf_counter(), 0.0
+        for first in range(0, len(paths), bs):
+            batch = np.stack([np.fromfile(path, np.float32) for path in paths[first : first + bs]])
+            start = perf_counter()
+            sleep(seconds)
+            running += perf_counter() - start
+            for path, row in zip(paths[first : first + bs], scores, strict=True):
+                Path(out, f"{path.stem}_0.txt").write_text("".join(f"{value:f} " for value in row.tolist()) + "\n")
+        took = perf_counter() - began
+    return {"fps": len(paths) / took, "busy": running / took, "batch_bytes": float(batch.nbytes)}
+
+
+def _steady_fps(database: Database, job: int) -> float:
+    """Samples a second while nobody starts or ends: of each attempt what lies in the middle of the job."""
+    with database.read() as conn:
+        rows = conn.execute(
+            text(
+                "SELECT a.started, a.ended, s.stop - s.start FROM attempt a JOIN shard s ON s.id = a.shard_id"
+                " WHERE a.job_id = :job AND a.state = 'won'"
+            ),
+            {"job": job},
+        ).all()
+    begin, end = min(row[0] for row in rows), max(row[1] for row in rows)
+    ended = sorted((row[1], row[2]) for row in rows)
+    first, last = begin + 0.15 * (end - begin), begin + 0.75 * (end - begin)
+    middle = [(at, samples) for at, samples in ended if first <= at <= last]
+    return float(sum(samples for _, samples in middle[1:]) / (middle[-1][0] - middle[0][0]))
+
+
+def _processes(env: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if process.environ().get("FARM_HOME") != env["FARM_HOME"] and env["FARM_HOME"] not in line:
+                continue
+            yield next((kind for word, kind in KINDS.items() if word in line), "command"), process
+
+
+def _cpu_s(env: Mapping[str, str]) -> dict[str, float]:
+    """By kind of process, with what their children that have ended took."""
+    found: dict[str, float] = defaultdict(float)
+    for kind, process in _processes(env):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            found[kind] += times.user + times.system
+    mine = psutil.Process().cpu_times()
+    found["command"] += mine.children_user + mine.children_system
+    return found
+
+
+def _memory(env: Mapping[str, str]) -> dict[str, float]:
+    """MB of all workers and device processes; of `pss_mb` what several share is counted once."""
+    rss = pss = 0.0
+    for kind, process in _processes(env):
+        if kind in ("worker", "device"):
+            with suppress(psutil.Error):
+                info = process.memory_full_info()
+                rss, pss = rss + info.rss / 1e6, pss + info.pss / 1e6
+    return {"rss_mb": rss, "pss_mb": pss}
+
+
+def _servers(stack: ExitStack) -> Iterator[tuple[str, str]]:
+    postgres, valkey = stack.enter_context(Postgres()), stack.enter_context(Valkey())
+    yield "FARM_DATABASE_URL", postgres.create_database("farm")
+    yield "FARM_BROKER_URL", valkey.url()
+    yield "FARM_HOST", "bench"
+
+
+def _settings(env: Mapping[str, str]) -> Settings:
+    fields = {name.removeprefix("FARM_").lower(): value for name, value in env.items()}
+    return Settings(**fields)  # type: ignore[arg-type]
+
+
+def _count(database: Database, query: str) -> int:
+    with suppress(Exception), database.read() as conn:  # no tables yet
+        return int(conn.execute(text(query)).scalar_one())
+    return 0
+
+
+def _farm(env: Mapping[str, str], *arguments: str) -> str:
+    return subprocess.run(
+        [FARM, *arguments], env={**os.environ, **env}, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+
+
+if __name__ == "__main__":
+    main()
