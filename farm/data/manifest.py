@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -66,9 +67,8 @@ class Windows:
         return "/".join((_size(self.original), _size(self.resized), self.annotation, ",".join(self.xxh3)))
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One thing to evaluate, known by its name alone."""
+class Sample(NamedTuple):
+    """One thing to evaluate, known by its name alone. A tuple: every worker makes a whole set of them for a job."""
 
     name: str  #: the image's file name up to its first dot
     label: int  #: 0 where labels are in an annotation
@@ -167,6 +167,9 @@ def write(directory: Path, header: Header, samples: Iterable[Sample]) -> Manifes
     `DataError` for a sample that `read` would not take back, `StorageError` when the disk refuses.
     """
     manifest = Manifest(header, tuple(sorted(samples, key=lambda s: s.name.encode(errors="surrogatepass"))))
+    for number, sample in enumerate(manifest.samples, start=2):
+        if not _LINE.fullmatch(sample.line()[:-1]) or not _is_utf8(sample.line()):
+            raise DataError(f"line {number}: {sample} does not fit into a manifest")
     _check(manifest)
     text = header.model_dump_json() + "\n" + "".join(sample.line() for sample in manifest.samples)
     path = directory / FILE_NAME
@@ -219,11 +222,9 @@ def _read_sample(path: Path, number: int, line: str) -> Sample:
 
 
 def _check(manifest: Manifest) -> None:
-    """`DataError` for a sample that does not fit into a line or among the others."""
+    """`DataError` for a sample that does not fit among the others."""
     before = ""
     for number, sample in enumerate(manifest.samples, start=2):
-        if not _LINE.fullmatch(sample.line()[:-1]) or not _is_utf8(sample.line()):
-            raise DataError(f"line {number}: {sample} does not fit into a manifest")
         if sample.label >= manifest.header.classes:
             raise DataError(
                 f"line {number}: sample {sample.name} has label {sample.label}, expected 0 to "

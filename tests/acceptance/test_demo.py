@@ -13,7 +13,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def swap_hashes(farm: Farm, first: str, second: str) -> None:
     written = manifest.read(directory)
     hashes = {sample.name: sample.xxh3 for sample in written.samples}
     hashes[first], hashes[second] = hashes[second], hashes[first]
-    manifest.write(directory, written.header, [replace(s, xxh3=hashes[s.name]) for s in written.samples])
+    manifest.write(directory, written.header, [s._replace(xxh3=hashes[s.name]) for s in written.samples])
 
 
 def test_measured_equals_expected_at_both_batch_sizes(demo: Demo) -> None:

@@ -32,9 +32,9 @@ def windows(draw: st.DrawFn) -> Windows:
 
 
 samples = (
-    st.builds(Sample, words, st.integers(0, 999), hashes)
+    st.builds(Sample, words, st.integers(0, 999), hashes, st.just(""))
     | st.builds(Sample, words, st.integers(0, 999), st.just(UNPREPARED), words)
-    | st.builds(Sample, words, st.just(0), windows().map(str))
+    | st.builds(Sample, words, st.just(0), windows().map(str), st.just(""))
 )
 many_samples = st.lists(samples, unique_by=lambda sample: sample.name, max_size=8)
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
