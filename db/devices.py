@@ -97,6 +97,8 @@ def register(conn: Connection, database: Database, registration: Registration, l
     else:
         known = tables.device.c.name == name
         conn.execute(update(tables.device).where(known).values(incarnation=incarnation, **values))
+    # What its host lacked, only workers know to look for, and this one knows of nothing.
+    conn.execute(tables.unfit.delete().where(tables.unfit.c.host == registration.host))
     events.record(conn, now, "device_up", f"incarnation {incarnation}, pid {registration.pid}", device=name)
     if why := registration.info.get("forced"):
         events.record(conn, now, "device_forced", f"incarnation {incarnation}: {why}", device=name)

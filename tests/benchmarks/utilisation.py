@@ -199,10 +199,10 @@ def _steady_fps(database: Database, job: int) -> float:
             {"job": job},
         ).all()
     begin, end = min(row[0] for row in rows), max(row[1] for row in rows)
-    ended = sorted((row[1], row[2]) for row in rows)
     first, last = begin + 0.15 * (end - begin), begin + 0.75 * (end - begin)
-    middle = [(at, samples) for at, samples in ended if first <= at <= last]
-    return float(sum(samples for _, samples in middle[1:]) / (middle[-1][0] - middle[0][0]))
+    # A device's attempts follow one another: of each, the part that lies in between.
+    parts = [max(0.0, min(last, row[1]) - max(first, row[0])) / (row[1] - row[0]) for row in rows]
+    return float(sum(part * row[2] for part, row in zip(parts, rows, strict=True)) / (last - first))
 
 
 def _processes(env: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:

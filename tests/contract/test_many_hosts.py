@@ -357,6 +357,19 @@ def test_a_host_that_lacks_something_is_skipped_for_that_job_alone(fleet: Fleet)
 
 
 @of_many_hosts
+def test_a_worker_that_starts_anew_has_its_host_looked_at_again(fleet: Fleet) -> None:
+    job = fleet.job(samples=8)
+    here = fleet.worker(0, host="a")
+    fleet.worker(0, host="b")
+    here.decline(here.take(), "manifest differs")
+    assert here.try_to_take() is None
+
+    again = fleet.worker(0, host="a")
+
+    assert again.take().job.id == job.id
+
+
+@of_many_hosts
 def test_a_declined_shard_is_done_elsewhere_and_no_attempt_is_counted(fleet: Fleet) -> None:
     job = fleet.job(samples=4)
     other = fleet.worker(0, host="b")
