@@ -7,6 +7,8 @@ from itertools import pairwise
 
 #: Share of the samples, at the end, that is cut smaller and smaller so that no device is left with a long one.
 TAIL = 0.2
+#: The last ones are so much of a whole one, or a single step: a device must not wait for its next one.
+LEAST = 0.1
 
 
 #: Batches after which samples of several parts begin a new one, full or not.
@@ -39,20 +41,21 @@ def cut(edges: Sequence[int], *, per_shard: int, devices: int) -> list[tuple[int
 
     Every boundary is one of `edges`, so a batch holds the same samples however the job is cut. A shard has about
     `per_shard` of the steps between edges and never more than ``samples / (4 * devices)`` samples; in the last fifth
-    sizes fall to one step.
+    sizes fall to a tenth of that, or to one step.
     """
     if not edges or devices < 1:
         raise ValueError(f"cannot cut {len(edges)} edges for {devices} devices")
     steps = len(edges) - 1
     widest = max((stop - start for start, stop in pairwise(edges)), default=1)
     whole = max(1, min(per_shard, (edges[-1] - edges[0]) // (4 * devices * widest)))
+    least = max(1, int(LEAST * whole))
     tail = steps * TAIL
     shards = []
     step = 0
     while step < steps:
         left = steps - step
         # Where a whole one would bite into the tail, a device takes at most half of its fair share of what is left.
-        size = whole if left - whole >= tail else max(1, min(whole, left // (2 * devices)))
+        size = whole if left - whole >= tail else min(left, max(least, min(whole, left // (2 * devices))))
         shards.append((edges[step], edges[step + size]))
         step += size
     return shards

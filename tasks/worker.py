@@ -35,7 +35,7 @@ from db.engine import Database, open_database
 from db.shards import Ring, Started
 from farm import artifacts, canary, logits
 from farm.data import manifest
-from farm.data.manifest import Manifest
+from farm.data.manifest import Sample
 from farm.errors import (
     DataError,
     DeviceCrashed,
@@ -90,7 +90,7 @@ class DeviceWorker:
         # Post-processing may use a device's share of the host's cores.
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, peers))
         self._pipeline = Pipeline(settings.deadline_s, device.backends[0], threads=threads)
-        self._data: Mapping[str, Manifest] = {}
+        self._data: Mapping[str, Sequence[str]] = {}  #: lines of the manifest used last, by its digest
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
         self._again: set[int] = set()  #: of these jobs those that were given a second chance
@@ -355,7 +355,7 @@ class DeviceWorker:
                 loop=spec.loop,
             )
         data_dir = self._settings.data_dir
-        samples = self._manifest(spec).samples[assignment.start : assignment.stop]
+        samples = self._samples(spec, assignment.start, assignment.stop)
         if spec.keep_logits:
             outputs = sum(sample.parts for sample in samples)
             logits.check_room(data_dir, outputs * spec.artifact.output.nbytes // spec.bs)
@@ -410,21 +410,22 @@ class DeviceWorker:
         _, _, chip = self.device.soc.partition("simulated ")
         return {"simulated": self._settings.simulated, "model": model, "chip": chip}
 
-    def _manifest(self, spec: JobSpec) -> Manifest:
-        """The manifest a job froze; kept, for all shards of a job need it. `HostError` if there is none, or another."""
+    def _samples(self, spec: JobSpec, start: int, stop: int) -> list[Sample]:
+        """Some of the samples of the manifest that a job froze. `HostError` if there is none here, or another."""
         if spec.manifest_digest not in self._data:
             directory = manifest.bins_dir(self._settings.data_dir, spec.recipe, spec.dtype)
             try:
-                found = manifest.read(directory)
-            except FarmError as exc:
+                lines = manifest.frozen(directory, spec.manifest_digest)
+                if lines is None:
+                    found = manifest.read(directory).digest
+                    raise HostError(
+                        f"{directory / manifest.FILE_NAME} is not the one the job froze (digest {found[:12]}, "
+                        f"expected {spec.manifest_digest[:12]}): copy that one here, or submit a new job"
+                    )
+            except DataError as exc:
                 raise HostError(str(exc)) from exc
-            if found.digest != spec.manifest_digest:
-                raise HostError(
-                    f"{directory / manifest.FILE_NAME} is not the one the job froze (digest {found.digest[:12]}, "
-                    f"expected {spec.manifest_digest[:12]}): copy that one here, or submit a new job"
-                )
-            self._data = {found.digest: found}
-        return self._data[spec.manifest_digest]
+            self._data = {spec.manifest_digest: lines}
+        return [manifest.sample_of(line) for line in self._data[spec.manifest_digest][start:stop]]
 
     def _beat(self) -> None:
         """

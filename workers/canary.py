@@ -14,8 +14,8 @@ from farm.jobs import ResultState, SampleResult
 from workers.backends.base import Array
 from workers.postprocess import Reducer, Slot
 
-#: Batches of a job from one canary to the next: a quarter of a per cent of a device's time.
-EVERY = 400
+#: Batches of a job from one canary to the next: a fifth of a per cent of a device's time.
+EVERY = 500
 
 
 def samples(bs: int) -> list[Sample]:

@@ -327,3 +327,40 @@ def test_other_inputs_or_labels_have_another_digest(other: Manifest) -> None:
 )
 def test_the_same_inputs_elsewhere_have_the_same_digest(same: Manifest) -> None:
     assert same.digest == Manifest(HEADER, [A, B]).digest
+
+
+@in_one_folder
+@given(written=many_samples)
+def test_what_has_a_digest_is_what_was_read_when_it_was_taken(tmp_path: Path, written: list[Sample]) -> None:
+    manifest.write(tmp_path, HEADER, written)
+    found = manifest.read(tmp_path)
+
+    lines = manifest.frozen(tmp_path, found.digest)
+
+    assert lines is not None
+    assert tuple(manifest.sample_of(line) for line in lines) == found.samples
+
+
+@pytest.mark.parametrize("change", [("\t1\t", "\t2\t"), ("0123", "0124"), ("a\t", "aa\t"), ("d" * 64, "e" * 64)])
+def test_what_was_changed_has_the_digest_no_more(tmp_path: Path, change: tuple[str, str]) -> None:
+    digest = manifest.write(tmp_path, HEADER, [A, B, C]).digest
+    path = tmp_path / "manifest"
+    path.write_text(path.read_text().replace(*change))
+
+    assert manifest.frozen(tmp_path, digest) is None
+
+
+def test_why_a_sample_could_not_be_prepared_may_be_worded_otherwise(tmp_path: Path) -> None:
+    digest = manifest.write(tmp_path, HEADER, [A, B]).digest
+    path = tmp_path / "manifest"
+    path.write_text(path.read_text().replace("is empty", "has nothing in it"))
+
+    lines = manifest.frozen(tmp_path, digest)
+
+    assert lines is not None
+    assert manifest.sample_of(lines[1]).problem.startswith("has nothing in it")
+
+
+def test_no_manifest_is_not_the_one_with_the_digest(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no prepared data"):
+        manifest.frozen(tmp_path, "0" * 64)

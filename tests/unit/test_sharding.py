@@ -108,8 +108,9 @@ def test_shards_never_grow(cut: Cut) -> None:
 @relaxed
 @given(cut=cuts)
 @example(Cut(samples=16, bs=1, per_shard=100, devices=1))
-def test_the_last_shard_is_a_single_batch(cut: Cut) -> None:
-    assert cut.sizes[-1] == 1
+@example(Cut(50_000, 4, 600, 8))
+def test_the_last_shard_is_a_tenth_of_the_first_or_a_batch(cut: Cut) -> None:
+    assert cut.sizes[-1] <= max(1, cut.sizes[0] // 10)
 
 
 @relaxed
@@ -118,7 +119,15 @@ def test_the_last_shard_is_a_single_batch(cut: Cut) -> None:
 def test_a_shard_of_the_last_fifth_is_at_most_half_a_devices_share_of_what_is_left(cut: Cut) -> None:
     tail = [(start, stop) for start, stop in cut.shards if start > BODY * cut.samples and stop - start > cut.bs]
 
-    assert all(stop - start <= (cut.samples - start + cut.bs) / (2 * cut.devices) for start, stop in tail)
+    least = cut.bs * (cut.sizes[0] // 10)
+    half = [(cut.samples - start + cut.bs) / (2 * cut.devices) for start, _ in tail]
+    assert all(stop - start <= max(least, most) for (start, stop), most in zip(tail, half, strict=True))
+
+
+def test_no_shard_but_the_last_is_less_than_a_tenth_of_the_first() -> None:
+    *sizes, _ = Cut(50_000, 4, 600, 8).sizes
+
+    assert (sizes[0], min(sizes)) == (150, 15)
 
 
 def test_a_job_of_twenty_samples_is_cut_as_by_hand() -> None:
