@@ -30,6 +30,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.slide_merge --short
 	$(BIN)/python -m tests.benchmarks.segmentation_memory --short
 	$(BIN)/python -m tests.benchmarks.many_jobs --short
+	$(BIN)/python -m tests.benchmarks.utilisation --short
 
 clean:
 	rm -rf $(VENV)
