@@ -269,7 +269,8 @@ def settle(conn: Connection, database: Database, job_id: int) -> JobState:
         update(tables.job).where(tables.job.c.id == job_id, is_active()).values(state=state.value, finished=now)
     )
     if settled.rowcount == 1:
-        events.record(conn, now, f"job_{state.value}", f"{found} samples", job_id=job_id)
+        what = job.spec.extent if job.spec.loop else f"{found} samples"
+        events.record(conn, now, f"job_{state.value}", what, job_id=job_id)
         return state
     return get(conn, job_id).state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +44,7 @@ def bench(
     """
     from rich.console import Console
 
-    from farm.reports.speed import table
+    from farm.reports.speed import show
     from farm.settings import load_settings
     from tasks.submission import Request, plan_speed
 
@@ -62,9 +61,7 @@ def bench(
     if as_json:
         print(json.dumps(speeds, indent=2))
     else:
-        if any(speed["simulated"] for speed in speeds):
-            print("SIMULATED: times of a device that is none")
-        Console(width=None if sys.stdout.isatty() else 200).print(table(speeds))
+        show(speeds)
     raise typer.Exit(0 if any(speed["fps"] for speed in speeds) else 1)
 
 

@@ -425,13 +425,13 @@ def _report_all(database: Database, job_ids: list[int], as_json: bool, *, classe
 
 
 def _report_speed(database: Database, job_ids: list[int], as_json: bool) -> int:
-    from farm.reports.speed import build, table
+    from farm.reports.speed import build, show
 
     found = [build(database, job_id) for job_id in job_ids]
     if as_json:
         _print_json(found[0] if len(found) == 1 else found)
     else:
-        _console(stderr=False).print(table(found))
+        show(found)
     return FAILED if any(speed["state"] in ("failed", "cancelled") for speed in found) else DONE
 
 

@@ -41,7 +41,8 @@ def _of_an_attempt(
     def line(at: float, kind: str, text: str, order: int) -> tuple[tuple[float, int, int], Line]:
         return (at, order, attempt.id), _line(at, kind, attempt.name, attempt.job_id, attempt.device, text)
 
-    yield line(attempt.assigned, "assigned", f"samples {attempt.start} to {attempt.stop - 1}", 2)
+    samples = f"samples {attempt.start} to {attempt.stop - 1}" if attempt.stop > attempt.start else ""
+    yield line(attempt.assigned, "assigned", samples, 2)
     if attempt.started is not None:
         yield line(attempt.started, "started", "looks for the sample that breaks it" if attempt.isolating else "", 3)
     if attempt.ended is None or attempt.state in LIVE:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from rich.table import Table
 
 from db import devices, jobs, results
@@ -14,6 +15,8 @@ from db.engine import Database
 from farm import zoo
 from farm.jobs import JobSpec, JobState
 
+#: Of the table: a figure cut off for a narrow terminal says nothing.
+WIDTH = 160
 STAGES = ("h2d_ms", "compute_ms", "d2h_ms")
 #: A run has settled when the mean of its second half is that of its first, within this.
 DRIFT = 0.01
@@ -70,8 +73,16 @@ def latest(database: Database, spec: JobSpec) -> Speed | None:
     return next((speed for speed in (build(database, each.id) for each in found) if has_settled(speed)), None)
 
 
-def table(speeds: Sequence[Speed]) -> Table:
-    """A line a device and batch size, as a person reads it."""
+def show(speeds: Sequence[Speed]) -> None:
+    """Print them as a person reads them; what is simulated is said first."""
+    console = Console(width=WIDTH)
+    if any(speed["simulated"] for speed in speeds):
+        console.print("SIMULATED: times of a device that is none", highlight=False)
+    console.print(_table(speeds))
+
+
+def _table(speeds: Sequence[Speed]) -> Table:
+    """A line a device and batch size."""
     shown = Table("model", "bs", "device", box=None, pad_edge=False)
     for title in ("compute ms", "min", "max", "median", "p99", "h2d", "d2h", "device fps", "310P3", "ratio"):
         shown.add_column(title, justify="right")

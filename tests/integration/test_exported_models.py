@@ -123,7 +123,8 @@ def test_a_graph_that_takes_pixels_scores_them_as_the_one_that_takes_what_the_re
     np.testing.assert_allclose(from_pixels, from_floats, rtol=0, atol=spec.tolerance)
 
 
-def test_swins_small_head_is_what_the_full_one_resizes(directory: Path) -> None:
+def test_swins_small_head_is_what_the_full_one_resizes(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporting, "_answers", lambda *_: np.zeros((4, 1), np.float32))  # nobody asks for them here
     fixture = parity.of("swin")
     (done,) = export(zoo.get("swin"), checkpoint("swin", directory), [1], directory, head="small")
 
