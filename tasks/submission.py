@@ -119,6 +119,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
             provenance={
                 "versions": versions(),
                 "manifest": data.digest,
+                "source": data.header.source,
                 "recipe": spec.recipe,
                 "recipe_digest": data.header.recipe_digest,
             },

@@ -23,8 +23,6 @@ from farm.data.recipes import Recipe, Segmentation
 from farm.data.slide import Size
 from farm.errors import DataError, UsageError
 
-#: What the manifest's header says of where it comes from.
-SOURCE = "made up"
 #: Samples that have bytes of their own. Not a multiple of any usual batch size.
 DISTINCT = 61
 _NAME = "made_up_"
@@ -55,7 +53,7 @@ def make(recipe: Recipe, data_dir: Path, count: int) -> Prepared:
         dtype=recipe.dtype,
         shape=recipe.shape,
         classes=150 if segmented else 1000,
-        source=SOURCE,
+        source=manifest.MADE_UP,
     )
     written = manifest.write(directory, header, samples)
     seconds = time.monotonic() - began
@@ -71,7 +69,7 @@ def _spare_real_data(directory: Path) -> None:
                 f"{directory} has bins without a manifest: finish farm prepare, or set FARM_DATA to another place"
             ) from None
         return
-    if found.header.source != SOURCE:
+    if found.header.source != manifest.MADE_UP:
         raise UsageError(
             f"{directory} holds {len(found.samples)} samples from {found.header.source or 'elsewhere'}: made-up ones "
             "would replace them. Set FARM_DATA to another place"

@@ -30,6 +30,8 @@ from farm.errors import DataError
 FILE_NAME = "manifest"
 VERSION = 1
 UNPREPARED = "!"
+#: `Header.source` of samples that are of nothing: see `farm.data.made_up`.
+MADE_UP = "made up"
 
 #: A name becomes a file name and a field of a line, hence no slash and no control characters.
 _NAME = r"[^/\x00-\x1f\x7f]+"

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
+from farm.data.manifest import MADE_UP
 from farm.reports.speed import Speed, explained
 from farm.zoo.spec import ModelSpec
 
@@ -81,6 +82,8 @@ class Cell:
             said.append("onnxruntime on CPUs: its fps is not the card's")
         if report and (total := report["samples"]["total"]) < self.of_samples:
             said.append(f"the first {total} of {self.of_samples} samples")
+        if report and not report["simulated"] and report["provenance"].get("source") == MADE_UP:
+            said.append("made-up samples: no accuracy here is real")
         if report and report["samples"]["failed"]:
             said.append(f"{report['samples']['failed']} samples failed and do not count")
         if report and report["quarantined"]:

@@ -6,6 +6,7 @@ from prettytable import PrettyTable
 from rich.console import Console
 from rich.table import Table
 
+from farm.data.manifest import MADE_UP
 from farm.reports.report import Report
 
 #: Failed samples listed by name before the rest is only counted.
@@ -27,9 +28,10 @@ def show(report: Report, console: Console) -> None:
     _canaries(report, console)
     provenance = report["provenance"]
     made_by = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    made_up = ", of made-up samples: no accuracy here is real" if provenance.get("source") == MADE_UP else ""
     for line in (
         f"artifact  {report['artifact']}",
-        f"manifest  {provenance['manifest']}",
+        f"manifest  {provenance['manifest']}{made_up}",
         f"recipe    {provenance['recipe']} {provenance['recipe_digest']}",
         f"digest    {report['digest'] or 'none before the job is complete'}",
         f"made by   {made_by}",

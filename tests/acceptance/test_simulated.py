@@ -40,7 +40,10 @@ def test_a_job_needs_no_artifact_and_says_that_it_is_simulated(farm: Farm) -> No
 
     assert (report["simulated"], report["backend"]) == (True, "simulated")
     assert report["samples"] == {"total": COUNT, "scored": COUNT, "failed": 0}
-    assert "SIMULATED" in farm.run("report", str(report["job"])).stdout
+    assert report["provenance"]["source"] == "made up"
+    shown = farm.run("report", str(report["job"])).stdout
+    assert "SIMULATED" in shown
+    assert "of made-up samples: no accuracy here is real" in shown
 
 
 def test_timings_are_the_references_and_the_slow_chips_are_not(farm: Farm) -> None:

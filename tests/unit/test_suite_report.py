@@ -25,7 +25,8 @@ def report_of(**said: Any) -> dict[str, Any]:
     return {
         "job": 7, "artifact": "a" * 64, "digest": "d" * 64, "simulated": False, "backend": "acl",
         "metrics": {"top1": 83.0}, "interval": {"top1": (82.5, 83.5)}, "quarantined": [], "forced": [], "devices": [],
-        "samples": {"total": 50_000, "scored": 50_000, "failed": 0}, "fps": {"wall": 1400.0}, **said,
+        "samples": {"total": 50_000, "scored": 50_000, "failed": 0}, "fps": {"wall": 1400.0}, "provenance": {},
+        **said,
     }  # fmt: skip
 
 
@@ -55,6 +56,7 @@ def test_the_best_batch_size_of_each_model_bears_a_star() -> None:
     [
         ({"fps": (250.0, 200.0)}, "devices differ: h:1 200.0 fps, h:0 250.0"),
         ({"report": report_of(backend="ort")}, "onnxruntime on CPUs: its fps is not the card's"),
+        ({"report": report_of(provenance={"source": "made up"})}, "made-up samples"),
         ({"of_samples": 60_000}, "the first 50000 of 60000 samples"),
         ({"report": report_of(samples={"total": 50_000, "scored": 49_998, "failed": 2})}, "2 samples failed"),
         ({"report": report_of(quarantined=[{"device": "h:3", "reason": ""}])}, "in quarantine meanwhile: h:3"),
