@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/farm demo
 
-# Three at a time, a file by one of them: much of the time is waiting, and what a file's tests share is made once. In the
-# order of the folders: those of few long tests come first, so that all have something to do until the end. PyTorch gets
-# one thread in each: with more they wait for one another.
+# Two at a time, a file by one of them: much of the time is waiting, and what a file's tests share is made once. In the
+# order of the folders: those of few long tests come first, so that both have something to do until the end. PyTorch
+# gets one thread in each: with more they wait for one another.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.test
 	$(BIN)/ruff check --quiet .

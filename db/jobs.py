@@ -106,7 +106,7 @@ def of_speed(conn: Connection, artifact_sha256: str, device: str) -> list[Job]:
         job.state == JobState.DONE.value,
         job.devices == f",{device},",
     )
-    return several(conn, which, (job.id.desc(),), 5)
+    return several(conn, which, (job.id.desc(),), 20)
 
 
 def alike(conn: Connection, spec: JobSpec) -> list[Job]:

@@ -76,9 +76,9 @@ def distrust(
 ) -> Reopened:
     """Open all shards that a device won since then (with one artifact only, if it is named), of finished jobs, too."""
     won = and_(a.device == device, a.state == AttemptState.WON.value, a.ended >= since)
-    winners = select(a.id).where(won)
+    # A job of speed is for this device alone, and says nothing that could be wrong.
+    winners = select(a.id).join(tables.job, tables.job.c.id == a.job_id).where(won, tables.job.c.samples > 0)
     if artifact_sha256 is not None:
-        winners = winners.join(tables.job, tables.job.c.id == a.job_id)
         winners = winners.where(tables.job.c.artifact_sha256 == artifact_sha256)
     opened = _open(conn, database, s.winner.in_(winners), f"{device} is distrusted: {why}")
     for job_id in opened.jobs:

@@ -70,7 +70,7 @@ class Artifact(BaseModel):
     @property
     def chip(self) -> str:
         """The soc that a device must have, to the letter: what was compiled for one does not load on another."""
-        return "" if self.backend == "simulated" else self.soc
+        return "" if (self.backend, self.soc) == ("simulated", "cpu") else self.soc
 
     def runs_on(self, backends: Collection[str], soc: str) -> bool:
         """Whether a device with these backends and this soc can run it."""
@@ -133,12 +133,13 @@ def stored(data_dir: Path, model: str) -> Iterator[Artifact]:
         yield read_sidecar(path)
 
 
-def simulated(spec: ModelSpec, bs: int, head: str = "") -> Artifact:
-    """What a simulated device "runs": no file, an identity all the same."""
+def simulated(spec: ModelSpec, bs: int, head: str = "", soc: str = "cpu") -> Artifact:
+    """What a simulated device "runs": no file, an identity all the same, and another one for another chip."""
     output = spec.output_of(head)
-    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {output.shape}".encode()).hexdigest()
+    chip = "" if soc == "cpu" else f" {soc}"
+    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {output.shape}{chip}".encode()).hexdigest()
     return Artifact(
-        model=spec.name, bs=bs, backend="simulated", soc="cpu", file="", sha256=sha256, head=head,
+        model=spec.name, bs=bs, backend="simulated", soc=soc, file="", sha256=sha256, head=head,
         input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(output, bs),
     )  # fmt: skip
 
@@ -152,18 +153,19 @@ def choose(
     wanted: str | None,
     head: str | None = None,
     dtype: str | None = None,
+    soc: str = "cpu",
 ) -> Artifact:
     """
     The one artifact a job freezes: the only one that fits model, batch size, head and input, or the one asked for.
 
-    `wanted` is a sha256 prefix or a path. Raises `UsageError` when none or several fit.
+    `wanted` is a sha256 prefix or a path, `soc` the chip that is simulated. `UsageError` when none or several fit.
     """
     if head is not None and head not in spec.heads:
         raise UsageError(f"{spec.name} has no head {head!r}: it has {', '.join(spec.heads) or 'one only'}")
     if backend == "simulated":
         if wanted:
             raise UsageError("--artifact does not go with --backend simulated, which runs no file")
-        return simulated(spec, bs, head or next(iter(spec.heads), ""))
+        return simulated(spec, bs, head or next(iter(spec.heads), ""), soc)
     everything = list(stored(data_dir, spec.name))
     fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend) and head in (None, a.head)]
     fitting = [a for a in fitting if dtype in (None, a.input.dtype)]

@@ -12,7 +12,7 @@ from farm import artifacts, sharding, zoo
 from farm.artifacts import Artifact
 from farm.data import manifest
 from farm.errors import DataError, UsageError
-from farm.jobs import Job, JobSpec
+from farm.jobs import DeviceState, Job, JobSpec
 from farm.settings import Settings
 from farm.versions import versions
 from farm.zoo.spec import ModelSpec
@@ -137,13 +137,18 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
 
 def choose(settings: Settings, database: Database, spec: ModelSpec, request: Request) -> Artifact:
     """The artifact that what is asked for needs. `UsageError` if none fits."""
+    with database.read() as conn:
+        there = {(d.backends, d.soc) for d in devices.live(conn, database, settings.lease_s)}
+    there |= {(d.backends, d.soc) for d in usable(settings, _here(settings))}
+    simulated = {soc for backends, soc in there if "simulated" in backends}
     return artifacts.choose(
         settings.data_dir,
         spec,
         request.bs,
-        backend=request.backend or _usual_backend(settings, database),
+        backend=request.backend or _usual_backend({backends for backends, _ in there}),
         wanted=request.artifact,
         head=request.head,
+        soc=simulated.pop() if len(simulated) == 1 else "cpu",
     )
 
 
@@ -198,12 +203,10 @@ def _here(settings: Settings) -> list[LocalDevice]:
     return local.devices(settings) if settings.is_embedded else []
 
 
-def _usual_backend(settings: Settings, database: Database) -> str | None:
+def _usual_backend(there: Collection[tuple[str, ...]]) -> str | None:
     """What all devices there are serve first: acl on NPUs, ort on CPUs, simulated on a farm that simulates only."""
-    with database.read() as conn:
-        found = {d.backends[0] for d in devices.live(conn, database, settings.lease_s)}
-    found |= {d.backends[0] for d in usable(settings, _here(settings))}
-    return found.pop() if len(found) == 1 else None
+    first = {backends[0] for backends in there}
+    return first.pop() if len(first) == 1 else None
 
 
 def _device_names(
@@ -220,7 +223,8 @@ def _device_names(
         raise UsageError(
             f"unknown device {', '.join(unknown)}: the farm knows {', '.join(sorted(known)) or 'none yet'}"
         )
-    well = [d for d in usable(settings, here) if artifact.runs_on(d.backends, d.soc)]
+    resting = {d.name for d in registered if d.drained or d.state is DeviceState.QUARANTINED}
+    well = [d for d in usable(settings, here) if artifact.runs_on(d.backends, d.soc) and d.name not in resting]
     serving = {d.name for d in devices.matching(up, artifact, ())} | {d.name for d in well}
     if not serving.intersection(request.devices or serving):  # the job waits for those that are away for the moment
         serving = {d.name for d in devices.matching(registered, artifact, ())}

@@ -63,7 +63,7 @@ T = TypeVar("T")
 
 #: Share of a host's memory that its devices' buffers may take.
 MOST_MEMORY = 0.75
-#: Batches before those that are timed, for the first ones allocate and compile; a canary has gone before them.
+#: Batches before those that are timed, for the first ones allocate and compile.
 WARM_UP = 1
 
 log = logging.getLogger(__name__)
@@ -412,7 +412,8 @@ class DeviceWorker:
 
     def _samples(self, spec: JobSpec, start: int, stop: int) -> list[Sample]:
         """Some of the samples of the manifest that a job froze. `HostError` if there is none here, or another."""
-        if spec.manifest_digest not in self._data:
+        lines = self._data.get(spec.manifest_digest)  # the probe's thread comes here, too
+        if lines is None:
             directory = manifest.bins_dir(self._settings.data_dir, spec.recipe, spec.dtype)
             try:
                 lines = manifest.frozen(directory, spec.manifest_digest)
@@ -425,7 +426,7 @@ class DeviceWorker:
             except DataError as exc:
                 raise HostError(str(exc)) from exc
             self._data = {spec.manifest_digest: lines}
-        return [manifest.sample_of(line) for line in self._data[spec.manifest_digest][start:stop]]
+        return [manifest.sample_of(line) for line in lines[start:stop]]
 
     def _beat(self) -> None:
         """

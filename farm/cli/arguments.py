@@ -26,6 +26,11 @@ def batch_sizes(text: str) -> list[int]:
     return sizes
 
 
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "acl", "ort", "simulated"):
+        raise UsageError(f"--backend {backend}: expected acl, ort or simulated")
+
+
 def names(text: str | None) -> tuple[str, ...]:
     """``host:0,host:1`` as a tuple; empty when not given."""
     return tuple(part.strip() for part in text.split(",") if part.strip()) if text else ()

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from time import sleep
+from functools import partial
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, names
+from farm.cli.arguments import batch_sizes, check_backend, names
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from db.engine import Database
-    from farm.jobs import JobSpec
+    from farm.jobs import Job, JobSpec
     from farm.settings import Settings
 
-#: Runs of a device that does not settle.
-MOST_RUNS = 3
 POLL_S = 0.1
+#: A worker has a record of each sample.
+MOST_BATCHES = 10_000
 
 
 def bench(
     model: Annotated[str, typer.Argument(help="e.g. lvvit")],
     bs: Annotated[str, typer.Option(help="Batch sizes: 1,4,8.")] = "1",
-    loop: Annotated[int, typer.Option(min=2, help="Timed batches a run.")] = 20,
+    loop: Annotated[int, typer.Option(min=2, max=MOST_BATCHES, help="Timed batches a run.")] = 20,
     devices: Annotated[str | None, typer.Option(help="Only these: host:0,host:1.")] = None,
     one_by_one: Annotated[bool, typer.Option("--one-by-one", help="A device at a time, not all at once.")] = False,
     artifact: Annotated[str | None, typer.Option(help="sha256 (or its beginning) or file, where several fit.")] = None,
@@ -49,6 +50,7 @@ def bench(
     from tasks.submission import Request, plan_speed
 
     settings, sizes = load_settings(), batch_sizes(bs)
+    check_backend(backend)
     wanted: dict[str, Any] = {"devices": names(devices), "artifact": artifact, "backend": backend, "head": head}
     console = Console(stderr=True)
     speeds: list[dict[str, Any]] = []
@@ -86,7 +88,8 @@ def measure(
     console: Console,
 ) -> list[dict[str, Any]]:
     """Time devices, all at once; those that do not settle, again. What was run before stays in the database."""
-    from farm.reports.speed import build, has_settled
+    from farm.errors import StorageError
+    from farm.reports.speed import MOST_RUNS, build, has_settled
     from tasks import dispatch, local
     from tasks.submission import submit_speed
 
@@ -94,8 +97,9 @@ def measure(
     everybody = tuple(name for spec in specs for name in spec.devices)
     left = [replace(spec, together=everybody) for spec in specs]
     for run in range(1, MOST_RUNS + 1):
-        written = submit_speed(database, left)
+        written: list[Job] = []
         try:
+            written = submit_speed(database, left)
             if settings.is_embedded:
                 local.nudge(settings)
             else:
@@ -103,9 +107,10 @@ def measure(
             again = f", run {run}" if run > 1 else ""
             line = f"timing {specs[0].model} bs {specs[0].bs}: {len(left)} devices, {specs[0].loop} batches each{again}"
             console.print(line, highlight=False)
-            _wait(database, [job.id for job in written], keep_farm)
+            _wait(settings, database, written, keep_farm, console)
         except BaseException:
-            _cancel(database, [job.id for job in written])
+            with suppress(StorageError):  # what went wrong before counts
+                _cancel(database, [job.id for job in written])
             raise
         found |= {job.spec.devices[0]: {**build(database, job.id), "runs": run} for job in written}
         left = [spec for spec in left if not has_settled(found[spec.devices[0]])]
@@ -114,14 +119,29 @@ def measure(
     return [found[spec.devices[0]] for spec in specs]
 
 
-def _wait(database: Database, job_ids: Sequence[int], keep_farm: Callable[[], None]) -> None:
-    from db import jobs
+def _wait(
+    settings: Settings, database: Database, written: Sequence[Job], keep_farm: Callable[[], None], console: Console
+) -> None:
+    """Until all have ended; one whose device takes no work for a lease is given up, with that for its error."""
+    from db import devices, jobs
+    from farm.cli.progress import Patience
 
-    def are_open() -> bool:
+    patient = Patience(partial(console.print, markup=False, highlight=False))
+    resting: dict[int, float] = {}
+
+    def look() -> bool:
         with database.read() as conn:
-            return not all(jobs.state(conn, job_id).is_final for job_id in job_ids)
+            left = [job for job in written if not jobs.state(conn, job.id).is_final]
+            working = {d.name for d in devices.live(conn, database, settings.lease_s)}
+        for job in left:
+            if job.spec.devices[0] in working:
+                resting.pop(job.id, None)
+            elif monotonic() - resting.setdefault(job.id, monotonic()) > settings.lease_s:
+                with database.write() as conn:
+                    jobs.fail(conn, database, job.id, f"{job.spec.devices[0]} takes no work: see farm devices")
+        return bool(left)
 
-    while are_open():
+    while patient(look):
         keep_farm()
         sleep(POLL_S)
 

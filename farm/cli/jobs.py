@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, names
+from farm.cli.arguments import batch_sizes, check_backend, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def submit(
     from tasks import local
 
     settings = load_settings()
-    _check_backend(backend)
+    check_backend(backend)
     sizes = batch_sizes(bs)
     wanted = {
         "model": model,
@@ -290,13 +290,6 @@ def cancel(job: JobId) -> None:
         state = stored.get(conn, job).state
         cancelled = stored.cancel(conn, database, job)
     print(f"job {job} is cancelled" if cancelled else f"job {job} was {state.value} already")
-
-
-def _check_backend(backend: str | None) -> None:
-    from farm.errors import UsageError
-
-    if backend not in (None, "acl", "ort", "simulated"):
-        raise UsageError(f"--backend {backend}: expected acl, ort or simulated")
 
 
 def _open(settings: Settings) -> Database:

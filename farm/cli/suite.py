@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, names
+from farm.cli.arguments import batch_sizes, check_backend, names
+from farm.cli.bench import MOST_BATCHES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,9 +30,10 @@ def suite(
     models: Annotated[str | None, typer.Option(help="lvvit,twins; default: all that a guide describes.")] = None,
     bs: Annotated[str | None, typer.Option(help="Batch sizes; default: those of the guides.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N samples of each.")] = None,
-    loop: Annotated[int, typer.Option(min=2, help="Timed batches a device.")] = 20,
+    loop: Annotated[int, typer.Option(min=2, max=MOST_BATCHES, help="Timed batches a device.")] = 20,
     devices: Annotated[str | None, typer.Option(help="Only these: host:0,host:1.")] = None,
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
+    backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
     form: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how long it takes and what is missing.")] = False,
@@ -52,7 +54,8 @@ def suite(
     if form not in FORMATS:
         raise UsageError(f"--format {form}: expected {', '.join(FORMATS)}")
     settings, console = load_settings(), Console(stderr=True)
-    wanted = {"limit": limit, "devices": names(devices), "head": head}
+    check_backend(backend)
+    wanted = {"limit": limit, "devices": names(devices), "head": head, "backend": backend}
     cells = _cells(models, batch_sizes(bs) if bs else None)
     if dry_run:
         from db.engine import open_database
@@ -65,7 +68,7 @@ def suite(
             for cell in cells:
                 measured.fill(cell, keep_farm, console)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print(f"stopped; the same command{' without --fresh' if fresh else ''} goes on from here")
         raise
     _print(cells, form)
     raise typer.Exit(3 if any(cell.missing and cell.bs not in cell.spec.impossible for cell in cells) else 0)
@@ -96,18 +99,18 @@ class _Suite:
 
     def fill(self, cell: Cell, keep_farm: Callable[[], None], console: Console) -> None:
         """Measure a cell, as far as it can be."""
-        from farm.errors import FarmError
+        from farm.errors import FarmError, StorageError
 
         if cell.missing:
             return
-        try:
-            self._evaluate(cell, keep_farm, console)
-        except FarmError as exc:
-            cell.missing = str(exc)
-        try:
-            self._time(cell, keep_farm, console)
-        except FarmError as exc:
-            cell.missing = cell.missing or str(exc)
+        for work in (self._evaluate, self._time):
+            try:
+                work(cell, keep_farm, console)
+            except StorageError:  # it would empty all cells that are left
+                raise
+            except FarmError as exc:
+                cell.missing = cell.missing or str(exc)
+        cell.missing = cell.missing or cell.lack()
 
     def forecast(self, cells: list[Cell]) -> str:
         """What is to be done, in lines."""

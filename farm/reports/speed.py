@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from db import devices, jobs, results
@@ -20,6 +21,10 @@ WIDTH = 160
 STAGES = ("h2d_ms", "compute_ms", "d2h_ms")
 #: A run has settled when the mean of its second half is that of its first, within this.
 DRIFT = 0.01
+#: Runs of a device that does not settle.
+MOST_RUNS = 3
+#: A device's health is looked at so often, about.
+NEWS_S = 60.0
 
 Speed = dict[str, Any]
 
@@ -34,10 +39,11 @@ def build(database: Database, job_id: int) -> Speed:
         job = jobs.get(conn, job_id)
         times = results.attempt_times(conn, job_id)
         device = devices.get(conn, job.spec.devices[0])
+        is_new = job.finished is not None and database.now(conn) - job.finished < NEWS_S
     spec = job.spec
     ms = np.concatenate([t.batch_ms for t in times]) if times else np.zeros((0, 3), np.float32)
     reference = zoo.get(spec.model).reference_fps.get(spec.bs)
-    fps = float(1000 * spec.bs / ms[:, 1].mean()) if len(ms) else None
+    fps = float(1000 * spec.bs / ms[:, 1].mean()) if ms[:, 1].any() else None
     return {
         "job": job.id,
         "state": job.state.value,
@@ -52,8 +58,8 @@ def build(database: Database, job_id: int) -> Speed:
         **{name: _spread(ms[:, column]) if len(ms) else None for column, name in enumerate(STAGES)},
         "fps": fps,
         "drift": _drift(ms[:, 1]),
-        # As it is now: it was looked at while it ran, if this is asked then.
-        **{key: device.info.get(key) if device else None for key in ("health", "temperature_c", "foreign")},
+        # How it is now says something of a run that has just ended.
+        **{key: device.info.get(key) if device and is_new else None for key in ("health", "temperature_c", "foreign")},
         "reference_fps": reference,
         "over_reference": fps / reference if fps and reference else None,
     }
@@ -65,12 +71,14 @@ def has_settled(speed: Speed) -> bool:
 
 
 def latest(database: Database, spec: JobSpec) -> Speed | None:
-    """The newest measurement of an artifact on a device, if it was as long and has settled."""
+    """The newest measurement of an artifact on a device that was as long and has settled, or that never would."""
     with database.read() as conn:
         found = [
             job for job in jobs.of_speed(conn, spec.artifact.sha256, spec.devices[0]) if job.spec.loop >= spec.loop
         ]
-    return next((speed for speed in (build(database, each.id) for each in found) if has_settled(speed)), None)
+    speeds = [build(database, each.id) for each in found]
+    settled = [speed for speed in speeds if has_settled(speed)]
+    return settled[0] if settled else speeds[0] if len(speeds) >= MOST_RUNS else None
 
 
 def show(speeds: Sequence[Speed]) -> None:
@@ -100,7 +108,7 @@ def _table(speeds: Sequence[Speed]) -> Table:
             "-" if speed["fps"] is None else f"{speed['fps']:.2f}",
             "-" if speed["reference_fps"] is None else f"{speed['reference_fps']:.2f}",
             "-" if ratio is None else f"{ratio:.3f}",
-            _remark(speed),
+            escape(_remark(speed)),
         )
     return shown
 
@@ -125,7 +133,7 @@ def explained(speed: Speed) -> list[str]:
 def _drift(compute: NDArray[np.float32]) -> float:
     """By how much the second half's mean differs from the first's."""
     half = len(compute) // 2
-    return float(compute[half:].mean() / compute[:half].mean() - 1) if half else 0.0
+    return float(compute[half:].mean() / compute[:half].mean() - 1) if compute[:half].any() else 0.0
 
 
 def _spread(ms: NDArray[np.float32]) -> dict[str, float]:

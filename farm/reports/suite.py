@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from farm.data.manifest import MADE_UP
@@ -40,6 +41,14 @@ class Cell:
         """Device fps: the mean of the devices'."""
         measured = [speed["fps"] for speed in self.speeds if speed["fps"]]
         return sum(measured) / len(measured) if measured else None
+
+    def lack(self) -> str:
+        """Why one of its figures is empty although it was measured; nothing if none is."""
+        errors = sorted({speed["error"] for speed in self.speeds if speed["error"]})
+        if self.fps is None:
+            return errors[0] if errors else "no device was timed"
+        empty = self.report is not None and self.report["metrics"][METRIC[self.spec.dataset]] is None
+        return "no sample was scored" if empty else ""
 
     def as_json(self) -> dict[str, Any]:
         metric = METRIC[self.spec.dataset]
@@ -134,7 +143,7 @@ def lines(cells: Sequence[Cell]) -> list[list[str]]:
                 _text(line["wall_fps"], ".1f"),
                 _text(line["baseline_fps"], ""),
                 _text(ratio, ".4f") + ("x" if ratio else ""),
-                "; ".join([line["missing"], *line["notes"]] if line["missing"] else line["notes"]),
+                " ".join("; ".join(filter(None, [line["missing"], *line["notes"]])).split()),
             ]
         )
     return found
@@ -153,7 +162,7 @@ def terminal(cells: Sequence[Cell]) -> Table:
         is_text = title in ("model", "metric", "remarks")
         table.add_column(title, justify="left" if is_text else "right", no_wrap=title != "remarks")
     for line in lines(cells):
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     return table
 
 

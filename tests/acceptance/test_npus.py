@@ -86,7 +86,8 @@ def test_a_job_runs_on_all_sound_npus_and_a_run_that_holds_the_gil_keeps_no_work
     report = json.loads(stdout)
     assert (report["state"], report["backend"], report["simulated"]) == ("done", "acl", False)
     assert report["digest"] == expected_om_digest(data, COUNT)
-    assert [line["device"] for line in report["devices"]] == ["localhost:0", "localhost:1"]
+    # The one that was held up may have lost its shard to the other.
+    assert npus.sql("SELECT DISTINCT device FROM attempt ORDER BY 1") == [("localhost:0",), ("localhost:1",)]
     assert "on 2 devices (localhost:0, localhost:1)" in dry
     assert "not used: localhost:2: its health is Alarm" in dry
     listed = {line["device"]: line for line in npus.json("devices")}
