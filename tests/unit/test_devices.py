@@ -408,7 +408,9 @@ def test_an_artifact_runs_on_its_backend_and_chip_to_the_letter(
     artifact: Artifact = write_tiny_om(tmp_path, 1)
 
     assert artifact.runs_on([backend], soc) is runs
-    assert artifact.model_copy(update={"backend": "simulated"}).runs_on(["simulated"], soc)
+    anywhere = artifact.model_copy(update={"backend": "simulated", "soc": "cpu"})
+    assert anywhere.runs_on(["simulated"], soc)
+    assert not anywhere.model_copy(update={"soc": "simulated 310P3"}).runs_on(["simulated"], "cpu")
 
 
 # -- watched -----------------------------------------------------------------------------------------------------
