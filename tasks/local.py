@@ -66,6 +66,8 @@ def joined(settings: Settings) -> Iterator[Callable[[], None]]:
         yield lambda: None
         return
     make_home(settings)
+    if settings.simulate:
+        refuse_other_devices(settings)
     with waiters_path(settings).open("a") as waiting:
         fcntl.flock(waiting, fcntl.LOCK_SH)
         host = _Host(settings, ephemeral=True)
@@ -187,6 +189,14 @@ def is_ephemeral(settings: Settings) -> bool:
 def simulates(settings: Settings) -> str:
     """What the farm that is up simulates; nothing if its devices are this machine's."""
     return str(_info(settings).get("simulate", ""))
+
+
+def refuse_other_devices(settings: Settings) -> None:
+    """`UsageError` where a farm is up that simulates other devices than asked for, or none."""
+    info = _info(settings)
+    if is_up(settings) and info and (there := info.get("simulate", "")) != settings.simulate:
+        what = there or "this machine's own devices"
+        raise UsageError(f"a farm of {what} is up in {settings.home}: farm down ends it")
 
 
 def devices(settings: Settings) -> list[LocalDevice]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from db import devices, jobs, results
@@ -102,18 +102,12 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         measured = results.throughput(conn, artifact.sha256)
     fps = measured or (UNKNOWN_FPS if artifact.backend == "ort" else spec.reference_fps.get(request.bs, UNKNOWN_FPS))
     return Plan(
-        spec=JobSpec(
-            model=spec.name,
-            bs=request.bs,
-            artifact=artifact,
-            dataset=spec.dataset,
-            recipe=spec.recipe,
-            dtype=artifact.input.dtype,
+        spec=replace(
+            _nothing(spec, request, artifact),
             manifest_digest=data.digest,
             samples=samples,
             windows=0 if spec.dataset == "imagenet" else sum(parts),
             devices=request.devices,
-            priority=request.priority,
             allow_failed=request.allow_failed,
             keep_logits=request.keep_logits,
             provenance={
@@ -152,27 +146,29 @@ def choose(settings: Settings, database: Database, spec: ModelSpec, request: Req
     )
 
 
+def _nothing(spec: ModelSpec, request: Request, artifact: Artifact) -> JobSpec:
+    """A job of an artifact, and of no samples yet."""
+    return JobSpec(
+        model=spec.name,
+        bs=request.bs,
+        artifact=artifact,
+        dataset=spec.dataset,
+        recipe=spec.recipe,
+        dtype=artifact.input.dtype,
+        manifest_digest="",
+        samples=0,
+        priority=request.priority,
+        provenance={"versions": versions()},
+    )
+
+
 def plan_speed(settings: Settings, database: Database, request: Request, loop: int) -> list[JobSpec]:
     """A job of speed for each device that would serve what is asked for: so many batches, timed."""
     spec = zoo.get(request.model)
     artifact = choose(settings, database, spec, request)
-    return [
-        JobSpec(
-            model=spec.name,
-            bs=request.bs,
-            artifact=artifact,
-            dataset=spec.dataset,
-            recipe=spec.recipe,
-            dtype=artifact.input.dtype,
-            manifest_digest="",
-            samples=0,
-            devices=(name,),
-            priority=request.priority,
-            loop=loop,
-            provenance={"versions": versions()},
-        )
-        for name in _device_names(settings, database, request, artifact, _here(settings))
-    ]
+    timed = replace(_nothing(spec, request, artifact), loop=loop)
+    names = _device_names(settings, database, request, artifact, _here(settings))
+    return [replace(timed, devices=(name,)) for name in names]
 
 
 def submit_speed(database: Database, specs: Sequence[JobSpec]) -> list[Job]:

@@ -12,6 +12,19 @@ from pathlib import Path
 
 from workers.npu_smi import Card, Chip, Info, MappedChip, Process
 
+#: A chip that is well, on no card yet.
+SOUND = Chip(
+    name="310P3",
+    health_text="OK",
+    temperature_c=41,
+    aicore_percent=0,
+    hugepages_used=0,
+    hugepages_total=15,
+    memory_used_mb=1621,
+    memory_total_mb=44280,
+    bus_id="0000:01:00.0",
+)
+
 
 @dataclass(frozen=True)
 class Layout:

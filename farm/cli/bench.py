@@ -88,9 +88,9 @@ def measure(
     console: Console,
 ) -> list[dict[str, Any]]:
     """Time devices, all at once; those that do not settle, again. What was run before stays in the database."""
+    from farm.cli.jobs import wake
     from farm.errors import StorageError
     from farm.reports.speed import MOST_RUNS, build, has_settled
-    from tasks import dispatch, local
     from tasks.submission import submit_speed
 
     found: dict[str, dict[str, Any]] = {}
@@ -100,10 +100,7 @@ def measure(
         written: list[Job] = []
         try:
             written = submit_speed(database, left)
-            if settings.is_embedded:
-                local.nudge(settings)
-            else:
-                dispatch.assign_and_ring(settings, database)
+            wake(settings, database)
             again = f", run {run}" if run > 1 else ""
             line = f"timing {specs[0].model} bs {specs[0].bs}: {len(left)} devices, {specs[0].loop} batches each{again}"
             console.print(line, highlight=False)

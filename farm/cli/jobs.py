@@ -136,11 +136,11 @@ def _again(
     if _job(database, job).state.is_final:
         raise typer.Exit(_report_all(database, [job], as_json))
     if not wait:
-        _wake(settings, database)
+        wake(settings, database)
         _show_submitted([job], settings, as_json, f"{shards} shards are open again")
         return
     with local.joined(settings) as keep_farm:
-        _wake(settings, database)
+        wake(settings, database)
         code = _wait_and_report(settings, database, [job], keep_farm, as_json)
     raise typer.Exit(code)
 
@@ -309,11 +309,11 @@ def create(settings: Settings, database: Database, plans: list[Plan]) -> list[in
     from tasks.submission import submit as write
 
     job_ids = [job.id for job in write(database, plans)]
-    _wake(settings, database)
+    wake(settings, database)
     return job_ids
 
 
-def _wake(settings: Settings, database: Database) -> None:
+def wake(settings: Settings, database: Database) -> None:
     """Have devices take up what is open now, not at the next tick."""
     from tasks import dispatch, local
 

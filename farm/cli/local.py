@@ -36,9 +36,7 @@ def up(
     settings = load_settings()
     if not settings.is_embedded:
         raise UsageError("FARM_BROKER_URL is set, and farm up is for a farm of one machine: unset it")
-    if local.is_up(settings) and local.simulates(settings) != settings.simulate:
-        there = local.simulates(settings) or "this machine's own devices"
-        raise UsageError(f"a farm of {there} is up in {settings.home}: farm down ends it")
+    local.refuse_other_devices(settings)
     if force:
         if local.is_up(settings):
             raise UsageError(f"the farm in {settings.home} is up already, without --force: farm down first")

@@ -16,23 +16,11 @@ from tasks.app import make_app, worker_name
 from tests import fake_acl
 from tests.acceptance.conftest import Farm, wait_for
 from tests.datasets import expected_om_digest, write_bins, write_tiny_om
-from tests.fake_npu_smi import P310, answering
+from tests.fake_npu_smi import P310, SOUND, answering
 from workers import broker
-from workers.npu_smi import Chip, Info
+from workers.npu_smi import Info
 
 COUNT = 24
-
-SOUND = Chip(
-    name="310P3",
-    health_text="OK",
-    temperature_c=41,
-    aicore_percent=0,
-    hugepages_used=0,
-    hugepages_total=15,
-    memory_used_mb=1621,
-    memory_total_mb=44280,
-    bus_id="0000:01:00.0",
-)
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ def test_devices_say_that_they_are_none(farm: Farm) -> None:
 def test_a_job_needs_no_artifact_and_says_that_it_is_simulated(farm: Farm) -> None:
     report = farm.submit("--bs", "8", model="conformer")
 
+    assert farm.sql("SELECT soc FROM job WHERE id = ?", report["job"]) == [("simulated 310P3",)]
     assert (report["simulated"], report["backend"]) == (True, "simulated")
     assert report["samples"] == {"total": COUNT, "scored": COUNT, "failed": 0}
     assert report["provenance"]["source"] == "made up"
@@ -72,6 +73,22 @@ def test_a_batch_size_without_memory_is_a_result(farm: Farm) -> None:
     assert [(line["bs"], line["state"]) for line in found] == [(1, "done")] * 2 + [(16, "failed")] * 2
     assert all("out of memory" in line["error"] for line in found[2:])
     assert farm.run("bench", "swin", "--bs", "16", "--loop", "2", code=1).stdout.startswith("SIMULATED")
+
+
+def test_a_device_that_takes_no_work_is_left_out_or_given_up(farm: Farm) -> None:
+    hasty = Farm(farm.home, env={**farm.env, "FARM_LEASE_S": "4"})
+    farm.run("devices", "drain", CHIPS[0])
+    try:
+        others = json.loads(farm.run("bench", "conformer", "--loop", "2", "--json").stdout)
+        (alone,) = json.loads(
+            hasty.run("bench", "conformer", "--loop", "2", "--devices", CHIPS[0], "--json", code=1).stdout
+        )
+    finally:
+        farm.run("devices", "undrain", CHIPS[0])
+
+    assert [line["device"] for line in others] == CHIPS[1:]
+    assert (alone["state"], alone["fps"]) == ("failed", None)
+    assert f"{CHIPS[0]} takes no work" in alone["error"]
 
 
 def test_the_table_is_filled_once_and_printed_in_every_form(farm: Farm) -> None:
@@ -109,6 +126,7 @@ def test_what_lacks_is_named_in_its_cell(farm: Farm) -> None:
     [
         (["up", "--simulate", "8x910B"], "expected how many of which chip, e.g. 8x310P3"),
         (["up", "--simulate", "2x310P3"], "a farm of 3x310P3 is up"),
+        (["suite", "--backend", "gpu"], "expected acl, ort or simulated"),
         (["suite", "--format", "xml"], "expected table, md, json, csv"),
         (["bench", "conformer", "--loop", "1"], "--loop"),
         (["prepare", "conformer", "--synthetic", "5", "--images", "/tmp"], "choose one"),
@@ -116,3 +134,9 @@ def test_what_lacks_is_named_in_its_cell(farm: Farm) -> None:
 )
 def test_what_cannot_be_is_refused(farm: Farm, arguments: list[str], sentence: str) -> None:
     assert sentence in farm.run(*arguments, code=2).stderr
+
+
+def test_other_devices_than_those_that_are_up_are_not_used_unasked(farm: Farm) -> None:
+    other = Farm(farm.home, env={**farm.env, "FARM_SIMULATE": "2x310P3"})
+
+    assert "a farm of 3x310P3 is up" in other.run("submit", "conformer", "--bs", "8", code=2).stderr

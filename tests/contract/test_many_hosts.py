@@ -735,6 +735,27 @@ def test_what_a_distrusted_device_did_since_then_is_done_again(fleet: Fleet) -> 
     assert Counter(row.device for row in fleet.rows(job)) == {"h:0": 1, "h:1": 3}
 
 
+def test_a_distrusted_devices_speed_is_not_measured_again(fleet: Fleet) -> None:
+    job = fleet.job(samples=0, shards=[(0, 0)], only=("h:0",))
+    bad = fleet.worker(0)
+    bad.complete(bad.take())
+    fleet.settle(job)
+
+    reopened = fleet.distrust(bad, 0.0)
+
+    assert reopened.shards == 0
+    assert fleet.state_of(job) is JobState.DONE
+
+
+def test_a_job_of_a_simulated_chip_is_not_done_by_whatever_else_simulates(fleet: Fleet) -> None:
+    job = fleet.job(samples=4, soc="simulated 310P3")
+    slot, chip = fleet.worker(0), fleet.worker(1, soc="simulated 310P3")
+
+    assert slot.try_to_take() is None
+    assert chip.finish() == 4
+    assert fleet.settle(job) is JobState.DONE
+
+
 def test_a_late_commit_of_a_shard_that_was_reopened_is_fenced(fleet: Fleet) -> None:
     job = fleet.job(samples=1)
     worker = fleet.worker()

@@ -213,6 +213,22 @@ def test_an_upgrade_keeps_every_row(farm: Settings, revision: str) -> None:
         assert [{key: kept[key] for key in row} for kept in after[table]] == [row]
 
 
+def test_an_upgrade_keeps_which_jobs_were_submitted_together_where_that_was_known(
+    farm: Settings, twin: Settings
+) -> None:
+    of_old(farm, "0003")
+    with closing(Database(url_of(farm))) as database, database.write() as conn:
+        conn.execute(text("ALTER TABLE job ADD COLUMN submission BIGINT" if farm.database_url else
+                          "ALTER TABLE job ADD COLUMN submission INTEGER"))  # fmt: skip
+        conn.execute(text("UPDATE job SET submission = 1"))
+    made(twin)
+
+    migrated(farm)
+
+    assert schema(farm) == schema(twin)
+    assert [row["submission"] for row in rows(farm)["job"]] == [1]
+
+
 def test_an_upgrade_tells_jobs_the_chips_of_their_artifacts(farm: Settings) -> None:
     of_old(farm, "0003")
     specs = {("acl", "Ascend310P3"): 2, ("ort", "cpu"): 3, ("simulated", "cpu"): 4}

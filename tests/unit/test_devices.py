@@ -25,7 +25,7 @@ from farm.reports.status import how_it_is, show_devices
 from farm.settings import Settings, load_settings
 from tasks import host
 from tasks.submission import Request, plan
-from tests import fake_acl
+from tests import fake_acl, fake_npu_smi
 from tests.contract.conftest import Fleet
 from tests.datasets import write_bins, write_tiny_om
 from tests.fake_npu_smi import P310, answering, install
@@ -38,20 +38,7 @@ ROOT = Path(__file__).parents[2]
 #: Of cards that nobody else tests with at this moment.
 CARD = 65536 + os.getpid()
 
-SOUND = Chip(
-    card_id=CARD,
-    chip_id=0,
-    logic_id=0,
-    name="310P3",
-    health_text="OK",
-    temperature_c=41,
-    aicore_percent=0,
-    hugepages_used=0,
-    hugepages_total=15,
-    memory_used_mb=1621,
-    memory_total_mb=44280,
-    bus_id="0000:01:00.0",
-)
+SOUND = replace(fake_npu_smi.SOUND, card_id=CARD, chip_id=0, logic_id=0)
 TWO = (SOUND, replace(SOUND, chip_id=1, logic_id=1))
 
 Machine = Callable[..., Path]

@@ -85,6 +85,15 @@ def test_an_empty_cell_says_why() -> None:
     assert line[COLUMNS.index("measured")] == line[COLUMNS.index("device fps")] == "-"
 
 
+def test_a_cell_whose_devices_all_failed_says_why() -> None:
+    cell = cell_of(speeds=[speed_of("h:0", None, error="no memory")])
+
+    assert cell.lack() == "no memory"
+    assert cell_of(speeds=[]).lack() == "no device was timed"
+    assert cell_of(report=report_of(metrics={"top1": None}, interval={"top1": None})).lack() == "no sample was scored"
+    assert cell_of().lack() == ""
+
+
 def test_every_form_says_what_is_simulated() -> None:
     cells = [cell_of(report=report_of(simulated=True)), cell_of(4, ())]
 

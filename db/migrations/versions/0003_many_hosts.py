@@ -13,7 +13,6 @@ def upgrade() -> None:
     big = sa.BigInteger().with_variant(sa.Integer, "sqlite")
     op.add_column("job", sa.Column("priority", sa.Integer, nullable=False, server_default="0"))
     op.add_column("job", sa.Column("devices", sa.Text, nullable=False, server_default=""))
-    op.add_column("job", sa.Column("submission", big))
     _keep_choices_of_devices()
     op.add_column("shard", sa.Column("since", sa.Integer, nullable=False, server_default="0"))
     op.add_column("device", sa.Column("kind", sa.String(200), nullable=False, server_default=""))
