@@ -99,7 +99,7 @@ CHECKLIST: Mapping[str, list[str]] = {
     "11 a device is twenty times slower": [
         *_tests(
             _ACCEPTANCE,
-            "cluster.py::test_a_device_twenty_times_slower_gets_help_at_the_tail_and_writes_nothing_late",
+            "cluster.py::test_a_device_twenty_times_slower_is_relieved_and_writes_nothing_late",
         ),
         *_tests(_CONTRACT, "many_hosts.py::test_the_slow_one_writes_nothing_when_the_second_attempt_has_won"),
     ],
