@@ -7,16 +7,26 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, or_, select, update
+from sqlalchemy import Connection, Row, bindparam, case, or_, select, true, update
 
 from db import events, tables
-from db.engine import Database
+from db.engine import Database, locks_rows
 from farm.artifacts import Artifact
 from farm.errors import UsageError
 from farm.jobs import LIVE, DeviceState
 
 #: Failures in a row, on shards that other devices can do, after which a device gets no more work.
 STRIKES = 3
+
+# Every device asks this every few seconds, so it is put together once.
+_BEAT = update(tables.device).where(
+    tables.device.c.name == bindparam("me"), tables.device.c.incarnation == bindparam("mine")
+)
+_MINE = select(tables.attempt.c.id).where(
+    tables.attempt.c.device == bindparam("me"),
+    tables.attempt.c.incarnation == bindparam("mine"),
+    tables.attempt.c.state.in_([state.value for state in LIVE]),
+)
 
 _QUARANTINED = DeviceState.QUARANTINED.value
 
@@ -132,22 +142,10 @@ def beat(conn: Connection, database: Database, name: str, incarnation: int) -> f
 
     None when a newer incarnation took over: this one has to go.
     """
-    beaten = conn.execute(
-        update(tables.device)
-        .where(tables.device.c.name == name, tables.device.c.incarnation == incarnation)
-        .values(heartbeat=database.now(conn))
-    )
-    if beaten.rowcount != 1:
+    me = {"me": name, "mine": incarnation}
+    if conn.execute(_BEAT, {**me, "heartbeat": database.now(conn)}).rowcount != 1:
         return None
-    attempt = tables.attempt.c
-    live = [state.value for state in LIVE]
-    return frozenset(
-        conn.execute(
-            select(attempt.id).where(
-                attempt.device == name, attempt.state.in_(live), attempt.incarnation == incarnation
-            )
-        ).scalars()
-    )
+    return frozenset(conn.execute(_MINE, me).scalars())
 
 
 def observe(conn: Connection, name: str, found: Mapping[str, Any]) -> None:
@@ -180,25 +178,29 @@ def get(conn: Connection, name: str) -> Device | None:
     return None if row is None else _record(row)
 
 
-def everything(conn: Connection) -> list[Device]:
-    rows = conn.execute(select(tables.device).order_by(tables.device.c.host, tables.device.c.idx))
+def everything(conn: Connection, only: Collection[str] | None = None) -> list[Device]:
+    """All devices, or `only` those with these names."""
+    device = tables.device.c
+    wanted = true() if only is None else device.name.in_(only)
+    rows = conn.execute(select(tables.device).where(wanted).order_by(device.host, device.idx))
     return [_record(row) for row in rows]
 
 
-def heard(conn: Connection, database: Database, lease_s: float) -> list[Device]:
+def heard(conn: Connection, database: Database, lease_s: float, only: Collection[str] | None = None) -> list[Device]:
     """Devices whose worker lives, quarantined ones too."""
     horizon = database.now(conn) - lease_s
-    return [d for d in everything(conn) if d.state is not DeviceState.GONE and d.heartbeat >= horizon]
+    return [d for d in everything(conn, only) if d.state is not DeviceState.GONE and d.heartbeat >= horizon]
 
 
-def live(conn: Connection, database: Database, lease_s: float) -> list[Device]:
+def live(conn: Connection, database: Database, lease_s: float, only: Collection[str] | None = None) -> list[Device]:
     """Devices that take work now."""
-    return [d for d in heard(conn, database, lease_s) if d.takes_work]
+    return [d for d in heard(conn, database, lease_s, only) if d.takes_work]
 
 
 def hold(conn: Connection, name: str) -> None:
     """Have a device's window to oneself until the transaction ends."""
-    conn.execute(select(tables.device.c.name).where(tables.device.c.name == name).with_for_update(key_share=True))
+    if locks_rows(conn):
+        conn.execute(select(tables.device.c.name).where(tables.device.c.name == name).with_for_update(key_share=True))
 
 
 def strike(conn: Connection, database: Database, name: str, count: int, why: str) -> None:

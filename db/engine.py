@@ -151,6 +151,11 @@ class Database:
             raise StorageError(f"cannot use the database {self}: {exc}") from exc
 
 
+def locks_rows(conn: Connection) -> bool:
+    """Whether rows can be locked; SQLite's writers have the whole database to themselves."""
+    return conn.dialect.name != "sqlite"
+
+
 def open_database(settings: Settings) -> Database:
     """The farm's database, its tables made when it is new."""
     database = connect(settings)

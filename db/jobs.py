@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from pydantic import TypeAdapter
-from sqlalchemy import ColumnElement, Connection, Row, and_, case, func, insert, or_, select, true, update
+from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, func, insert, or_, select, true, update
 
 from db import events, tables
 from db.devices import Device
@@ -16,6 +17,7 @@ from farm.errors import UsageError
 from farm.jobs import LIVE, AttemptState, Job, JobSpec, JobState, ResultState, ShardState
 
 _SPEC = TypeAdapter(JobSpec)
+_ONE = select(tables.job).where(tables.job.c.id == bindparam("job"))
 ACTIVE = (JobState.PENDING, JobState.RUNNING)
 UNFINISHED = (ShardState.PENDING, ShardState.ASSIGNED, ShardState.RUNNING)
 
@@ -81,7 +83,7 @@ def create(
 
 
 def get(conn: Connection, job_id: int) -> Job:
-    row = conn.execute(select(tables.job).where(tables.job.c.id == job_id)).one_or_none()
+    row = conn.execute(_ONE, {"job": job_id}).one_or_none()
     if row is None:
         raise UsageError(f"there is no job {job_id}: farm jobs lists them")
     return _record(row)
@@ -280,11 +282,17 @@ def _record(row: Row[Any]) -> Job:
     return Job(
         id=fields["id"],
         state=JobState(fields["state"]),
-        spec=_SPEC.validate_json(fields["spec"]),
+        spec=_spec(fields["spec"]),
         created=fields["created"],
         finished=fields["finished"],
         error=fields["error"],
     )
+
+
+@lru_cache(maxsize=256)
+def _spec(text: str) -> JobSpec:
+    """Never changed once it is written, and asked for with every shard."""
+    return _SPEC.validate_json(text)
 
 
 def _if(condition: ColumnElement[bool], value: ColumnElement[int] | int) -> ColumnElement[int]:

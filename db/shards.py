@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, insert, or_, select, update
 
 from db import canaries, devices, events, jobs, results, tables
 from db.devices import Device
-from db.engine import Database
+from db.engine import Database, locks_rows
 from farm.jobs import (
     LIVE,
     Assignment,
@@ -55,6 +55,53 @@ d = tables.device.c
 u = tables.unfit.c
 
 
+# What every shard asks for is put together once: putting together costs more than asking.
+_past = tables.attempt.alias("past")
+_ASSIGNED = (
+    select(
+        *(a.id, a.shard_id, a.no, a.isolating, s.idx, s.start, s.stop, a.job_id),
+        select(_past.c.id)
+        .where(_past.c.shard_id == a.shard_id, _past.c.no > s.since, _past.c.failure == Failure.NON_FINITE.value)
+        .exists()
+        .label("non_finite"),
+    )
+    .join(tables.shard, s.id == a.shard_id)
+    .order_by(a.id)
+)
+#: Of an attempt and its device: it failed there for a reason that holds for the device `name` of `host`, too.
+_FAILED_FOR = and_(
+    a.state == AttemptState.FAILED.value,
+    or_(d.name == bindparam("name"), and_(a.failure == Failure.HOST.value, d.host == bindparam("host"))),
+)
+_PENDING = (
+    select(s.id, s.job_id, s.idx, s.start, s.stop, s.since)
+    .where(s.state == ShardState.PENDING.value, s.job_id == bindparam("job"))
+    .order_by(s.idx)
+    .with_for_update(skip_locked=True, of=tables.shard)
+)
+_UNTRIED = _PENDING.where(
+    ~select(a.shard_id)
+    .join(tables.device, d.name == a.device)
+    .where(a.no > s.since, a.shard_id == s.id, _FAILED_FOR)
+    .exists()
+).limit(1)
+_WAITING = (
+    select(
+        *(tables.job.c.id, tables.job.c.priority),
+        func.coalesce(tables.job.c.submission, tables.job.c.id).label("submission"),
+    )
+    .where(jobs.is_active(), jobs.has_pending())
+    .order_by(tables.job.c.priority.desc(), tables.job.c.id)
+    .limit(MOST_JOBS)
+)
+_WON = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
+_WON = _WON.where(a.state == AttemptState.WON.value).order_by(a.id.desc())
+_LATEST_OF_DEVICE = _WON.where(a.device == bindparam("device")).limit(4)
+_LATEST_OF_JOB = _WON.where(a.job_id == bindparam("job")).limit(32)
+_HELD = select(func.count()).where(a.device == bindparam("device"), a.state.in_(_LIVE))
+_TRIES = select(a.no, a.failure).where(a.shard_id == bindparam("shard")).order_by(a.no)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ring:
     """A device that must be told of an attempt, once the transaction that made it is committed."""
@@ -88,9 +135,8 @@ def assign(conn: Connection, database: Database, lease_s: float, only: Collectio
     """Fill the windows of all devices that take work (or of `only` some). Ring what it returns after the commit."""
     now = database.now(conn)
     rings: list[Ring] = []
-    for device in devices.live(conn, database, lease_s):
-        if only is None or device.name in only:
-            rings += _fill(conn, database, now, device, lease_s)
+    for device in devices.live(conn, database, lease_s, only):
+        rings += _fill(conn, database, now, device, lease_s)
     _begin(conn, rings)
     return rings
 
@@ -107,7 +153,7 @@ def _begin(conn: Connection, rings: Sequence[Ring]) -> None:
 
 def _fill(conn: Connection, database: Database, now: float, device: Device, lease_s: float) -> list[Ring]:
     devices.hold(conn, device.name)  # two assigners must not count the same window
-    held = conn.scalar(select(func.count()).where(a.device == device.name, a.state.in_(_LIVE))) or 0
+    held = conn.scalar(_HELD, {"device": device.name}) or 0
     rings: list[Ring] = []
     while held + len(rings) < WINDOW:
         found = _next_pending(conn, database, device, lease_s)
@@ -124,9 +170,7 @@ def _cut_to_pace(conn: Connection, shard: _Pending, device: Device) -> _Pending:
     So no device holds up the end of a job, and little is lost with any of them. A shard that has a history stays whole,
     and so do those of images in windows: where their batches may begin is not known here.
     """
-    won = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
-    won = won.where(a.state == AttemptState.WON.value, a.device == device.name).order_by(a.id.desc()).limit(4)
-    rows = conn.execute(won).all()
+    rows = conn.execute(_LATEST_OF_DEVICE, {"device": device.name}).all()
     own = _pace([row for row in rows if row.job_id == rows[0].job_id])  # of its latest job, which may not be this one
     usual = _usual_s(conn, rows[0].job_id) if own else None
     if not own or not usual or own < SLOW_FACTOR * usual:
@@ -154,39 +198,26 @@ def _cut_to_pace(conn: Connection, shard: _Pending, device: Device) -> _Pending:
 def _next_pending(conn: Connection, database: Database, device: Device, lease_s: float) -> _Pending | None:
     """The first pending shard of the job whose turn it is; one that failed here goes elsewhere first, if it can."""
     job_ids = _turns(conn, device)
-    failed = select(a.shard_id).join(tables.device, d.name == a.device)
-    failed_here = failed.where(a.no > s.since, a.shard_id == s.id, _failed_for(device)).exists()
-    query = (
-        select(s.id, s.job_id, s.idx, s.start, s.stop, s.since)
-        .where(s.state == ShardState.PENDING.value)
-        .order_by(s.idx)
-        .with_for_update(skip_locked=True, of=tables.shard)
-    )
     for job_id in job_ids:
-        row = conn.execute(query.where(s.job_id == job_id, ~failed_here).limit(1)).first()
+        row = conn.execute(_UNTRIED, {"job": job_id, "name": device.name, "host": device.host}).first()
         if row is not None:
             return _Pending(*row)
     peers = devices.live(conn, database, lease_s) if job_ids else []
     for job_id in job_ids:
-        for row in conn.execute(query.where(s.job_id == job_id).limit(16)).all():
+        for row in conn.execute(_PENDING.limit(16), {"job": job_id}).all():
             shard = _Pending(*row)
             if not any(_may_try(conn, shard, peer) for peer in peers):
                 return shard
     return None
 
 
-def _failed_for(device: Device) -> ColumnElement[bool]:
-    """Of an attempt and its device: it failed there for a reason that holds for `device`, too."""
-    host = and_(a.failure == Failure.HOST.value, d.host == device.host)
-    return and_(a.state == AttemptState.FAILED.value, or_(d.name == device.name, host))
-
-
 def _may_try(conn: Connection, shard: _Pending, device: Device) -> bool:
     """Whether a device serves a shard's job and has not failed at the shard."""
     suited = select(tables.job.c.id).where(tables.job.c.id == shard.job_id, jobs.suits(device))
     failed = select(a.id).join(tables.device, d.name == a.device)
-    failed = failed.where(a.shard_id == shard.id, a.no > shard.since, _failed_for(device))
-    return conn.execute(suited).first() is not None and conn.execute(failed).first() is None
+    failed = failed.where(a.shard_id == shard.id, a.no > shard.since, _FAILED_FOR)
+    there = {"name": device.name, "host": device.host}
+    return conn.execute(suited).first() is not None and conn.execute(failed, there).first() is None
 
 
 def _turns(conn: Connection, device: Device) -> list[int]:
@@ -197,13 +228,7 @@ def _turns(conn: Connection, device: Device) -> list[int]:
     while that job holds no more of the farm than others do; and on its own it gives way to a job that nobody serves.
     Of those submitted together, each waits until the one before has nothing pending.
     """
-    job = tables.job.c
-    found = conn.execute(
-        select(job.id, job.priority, func.coalesce(job.submission, job.id).label("submission"))
-        .where(jobs.is_active(), jobs.suits(device), jobs.has_pending())
-        .order_by(job.priority.desc(), job.id)
-        .limit(MOST_JOBS)
-    ).all()
+    found = conn.execute(_WAITING.where(jobs.suits(device))).all()
     firsts: dict[int, Any] = {}
     for row in found:
         firsts.setdefault(row.submission, row)
@@ -226,7 +251,7 @@ def _turns(conn: Connection, device: Device) -> list[int]:
 def _attempt(conn: Connection, now: float, row: _Pending, device: Device, *, second: bool = False) -> Ring:
     """A new attempt of a shard; a `second` one beside one that runs."""
     job = jobs.get(conn, row.job_id)
-    tries = conn.execute(select(a.no, a.failure).where(a.shard_id == row.id).order_by(a.no)).all()
+    tries = conn.execute(_TRIES, {"shard": row.id}).all()
     number = tries[-1].no + 1 if tries else 1
     past = [each.failure for each in tries if each.no > row.since]
     isolating = sum(failure in _BREAKING for failure in past) >= ISOLATE_AFTER
@@ -285,14 +310,14 @@ def start(
     )
     if taken.rowcount != 1:
         return None
-    assignment = _assignments(conn, a.id == attempt_id)[0]
+    held = {each.attempt_id: each for each in _assignments(conn, or_(a.id == attempt_id, assigned))}
+    assignment = held.pop(attempt_id)
     conn.execute(
         update(tables.shard)
         .where(s.id == assignment.shard_id, s.state == ShardState.ASSIGNED.value)
         .values(state=ShardState.RUNNING.value)
     )
-    waiting = _assignments(conn, assigned)
-    return Started(assignment=assignment, waiting=waiting[0] if waiting else None)
+    return Started(assignment=assignment, waiting=next(iter(held.values()), None))
 
 
 def complete(
@@ -608,7 +633,8 @@ def _hold(conn: Connection, shard_ids: Sequence[int] | Select[tuple[int]]) -> No
 
     First thing a verb does to a shard, and before its attempts: all take these locks in one order.
     """
-    conn.execute(select(s.id).where(s.id.in_(shard_ids)).order_by(s.id).with_for_update(key_share=True))
+    if locks_rows(conn):
+        conn.execute(select(s.id).where(s.id.in_(shard_ids)).order_by(s.id).with_for_update(key_share=True))
 
 
 def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:
@@ -639,18 +665,7 @@ def rang(conn: Connection, database: Database, rings: Sequence[Ring]) -> None:
 
 
 def _assignments(conn: Connection, which: ColumnElement[bool]) -> list[Assignment]:
-    past = tables.attempt.alias("past")
-    non_finite = (
-        select(past.c.id)
-        .where(past.c.shard_id == a.shard_id, past.c.no > s.since, past.c.failure == Failure.NON_FINITE.value)
-        .exists()
-    )
-    rows = conn.execute(
-        select(a.id, a.shard_id, a.no, a.isolating, s.idx, s.start, s.stop, a.job_id, non_finite.label("non_finite"))
-        .join(tables.shard, s.id == a.shard_id)
-        .where(which)
-        .order_by(a.id)
-    ).all()
+    rows = conn.execute(_ASSIGNED.where(which)).all()
     known = {job_id: jobs.get(conn, job_id) for job_id in {row.job_id for row in rows}}
     return [
         Assignment(
@@ -763,9 +778,7 @@ def speculate(conn: Connection, database: Database, lease_s: float) -> list[Ring
 
 def _usual_s(conn: Connection, job_id: int) -> float | None:
     """Seconds a sample of a job's latest shards: the median; None before there are some."""
-    won = select(a.started, a.ended, s.start, s.stop).join(tables.shard, s.id == a.shard_id)
-    won = won.where(a.job_id == job_id, a.state == AttemptState.WON.value).order_by(a.id.desc()).limit(32)
-    return _pace(conn.execute(won).all())
+    return _pace(conn.execute(_LATEST_OF_JOB, {"job": job_id}).all())
 
 
 def _pace(rows: Sequence[Any]) -> float | None:

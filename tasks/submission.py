@@ -22,6 +22,9 @@ from workers.devices import LocalDevice, usable
 
 #: Samples a second of a CPU slot before anything was measured.
 UNKNOWN_FPS = 10.0
+#: A device does about so many shards of a long job: what a shard costs beside its samples is spread over more of them,
+#: up to so many times the usual length.
+SHARDS_EACH, LONGEST = 16, 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +121,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
                 "recipe_digest": data.header.recipe_digest,
             },
         ),
-        shards=_shards(parts, request.bs, settings.shard_s * fps, len(names)),
+        shards=_shards(parts, request.bs, fps, len(names), settings.shard_s),
         device_names=names,
         device_fps=fps,
         bin_bytes=sum(parts) * artifact.input.nbytes // request.bs,
@@ -177,11 +180,13 @@ def submit_speed(database: Database, specs: Sequence[JobSpec]) -> list[Job]:
         return [jobs.create(conn, database, spec, [(0, 0)]) for spec in specs]
 
 
-def _shards(parts: Sequence[int], bs: int, per_shard: float, devices: int) -> list[tuple[int, int]]:
-    """Of samples of so many parts each, about `per_shard` parts a shard."""
+def _shards(parts: Sequence[int], bs: int, fps: float, devices: int, shard_s: float) -> list[tuple[int, int]]:
+    """Of samples of so many parts each, of which a device does `fps`: shards of `shard_s`, longer ones of long jobs."""
     edges = sharding.edges(parts, bs)
     a_step = sum(parts) / (len(edges) - 1)
-    return sharding.cut(edges, per_shard=int(per_shard / a_step), devices=devices)
+    share_s = sum(parts) / fps / devices
+    seconds = max(shard_s, min(LONGEST * shard_s, share_s / SHARDS_EACH))
+    return sharding.cut(edges, per_shard=int(seconds * fps / a_step), devices=devices)
 
 
 def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:

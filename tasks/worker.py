@@ -35,7 +35,7 @@ from db.engine import Database, open_database
 from db.shards import Ring, Started
 from farm import artifacts, canary, logits
 from farm.data import manifest
-from farm.data.manifest import Sample
+from farm.data.manifest import Frozen, Sample
 from farm.errors import (
     DataError,
     DeviceCrashed,
@@ -63,6 +63,8 @@ T = TypeVar("T")
 
 #: Share of a host's memory that its devices' buffers may take.
 MOST_MEMORY = 0.75
+#: Between events for those who watch with Celery's tools; the farm has heartbeats of its own.
+HEARTBEAT_S = 5.0
 #: Batches before those that are timed, for the first ones allocate and compile.
 WARM_UP = 1
 
@@ -90,7 +92,7 @@ class DeviceWorker:
         # Post-processing may use a device's share of the host's cores.
         threads = max(1, len(os.sched_getaffinity(0)) // max(1, peers))
         self._pipeline = Pipeline(settings.deadline_s, device.backends[0], threads=threads)
-        self._data: Mapping[str, Sequence[str]] = {}  #: lines of the manifest used last, by its digest
+        self._data: Mapping[str, Frozen] = {}  #: the manifest used last, by its digest
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
         self._again: set[int] = set()  #: of these jobs those that were given a second chance
@@ -122,6 +124,7 @@ class DeviceWorker:
             without_gossip=True,
             without_mingle=True,
             task_events=True,
+            heartbeat_interval=HEARTBEAT_S,
             loglevel="WARNING",
             quiet=True,
         )
@@ -412,12 +415,12 @@ class DeviceWorker:
 
     def _samples(self, spec: JobSpec, start: int, stop: int) -> list[Sample]:
         """Some of the samples of the manifest that a job froze. `HostError` if there is none here, or another."""
-        lines = self._data.get(spec.manifest_digest)  # the probe's thread comes here, too
-        if lines is None:
+        frozen = self._data.get(spec.manifest_digest)  # the probe's thread comes here, too
+        if frozen is None:
             directory = manifest.bins_dir(self._settings.data_dir, spec.recipe, spec.dtype)
             try:
-                lines = manifest.frozen(directory, spec.manifest_digest)
-                if lines is None:
+                frozen = manifest.frozen(directory, spec.manifest_digest)
+                if frozen is None:
                     found = manifest.read(directory).digest
                     raise HostError(
                         f"{directory / manifest.FILE_NAME} is not the one the job froze (digest {found[:12]}, "
@@ -425,8 +428,8 @@ class DeviceWorker:
                     )
             except DataError as exc:
                 raise HostError(str(exc)) from exc
-            self._data = {spec.manifest_digest: lines}
-        return [manifest.sample_of(line) for line in lines[start:stop]]
+            self._data = {spec.manifest_digest: frozen}
+        return frozen.samples(start, stop)
 
     def _beat(self) -> None:
         """

@@ -2,9 +2,12 @@
 Reader, device and post-processing at once, over one ring.
 
 Three threads pass batches on: the reader fills input buffers, the device thread keeps two batches at the device
-process, post-processing turns outputs into rows. `run` evaluates one shard; `read_ahead` lets the next shard's
-batches follow without a gap while the first is being committed. A batch that breaks the device process breaks its own
-shard only: the others' batches are sent again to the next process.
+process, post-processing turns outputs into rows. A thread that wakes up costs more than what it then does with a small
+batch, so the reader fills two buffers at a time, and the device thread itself turns small outputs into rows.
+
+`run` evaluates one shard; `read_ahead` lets the next shard's batches follow without a gap while the first is being
+committed. A batch that breaks the device process breaks its own shard only: the others' batches are sent again to the
+next process.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ from workers.ring import Buffer, Ring
 
 #: Batches at the device process: one running, one waiting.
 DEPTH = 2
+#: Input buffers that are filled one after another once so many are free.
+AT_ONCE = 2
+#: Outputs of a batch, in bytes, that the device thread may turn into rows while the device does the next one.
+SMALL = 1 << 20
 #: A batch may take so many times the usual, and never less than the configured deadline.
 PATIENCE = 20.0
 #: The first batch after a load may compile, allocate and warm up.
@@ -145,8 +152,9 @@ class Pipeline:
         self.device = DeviceProcess(*backends)
         self._deadline_s = deadline_s
         self._threads_for_post = threads
-        self._change = threading.Condition()
-        # All below is guarded by `_change`.
+        self._lock = threading.Lock()
+        self._to_read, self._to_drive, self._to_post = (threading.Condition(self._lock) for _ in range(3))
+        # All below is guarded by `_lock`.
         self._load: Load | None = None
         self._ring: Ring | None = None
         self._runs: dict[int, _Run] = {}
@@ -176,13 +184,13 @@ class Pipeline:
         Raises `DeviceHung`, `DeviceCrashed`, `NonFinite` or another `DeviceError`, `DataError` for a batch that the
         backend blames, `HostError`, `JobError`, or `Aborted`.
         """
-        with self._change:
+        with self._lock:
             run = self._begin(plan)
             run.claimed = True
         try:
             run.ended.wait()
         finally:
-            with self._change:
+            with self._lock:
                 self._runs.pop(plan.attempt_id, None)
         if run.error is not None:
             raise run.error
@@ -198,12 +206,12 @@ class Pipeline:
 
     def read_ahead(self, plan: Plan) -> None:
         """Begin with a shard, or let it follow those under way; `run` will pick it up."""
-        with self._change:
+        with self._lock:
             self._begin(plan)
 
     def ask(self, load: Load, number: int) -> None:
         """Have the device answer a canary after what it was given before; `answer` waits for it."""
-        with self._change:
+        with self._lock:
             self._asked += 1
             plan = Plan(
                 attempt_id=-self._asked,
@@ -217,7 +225,7 @@ class Pipeline:
 
     def answer(self) -> tuple[int, Listener, float] | None:
         """The number of the canary asked last, what the device said, and its ms; None if none was. Raises as `run`."""
-        with self._change:
+        with self._lock:
             question = self._question
             if question is None:
                 return None
@@ -225,7 +233,7 @@ class Pipeline:
         try:
             question.ended.wait()
         finally:
-            with self._change:
+            with self._lock:
                 self._forget(question)
         if question.error is not None:
             raise question.error
@@ -234,7 +242,7 @@ class Pipeline:
 
     def canary_due(self, load: Load) -> int | None:
         """Which canary this model should be asked: the first once it is loaded, others in turn as much is done."""
-        with self._change:
+        with self._lock:
             if self._question is not None:
                 return None
             if load != self._load or self._since_canary is None:
@@ -243,28 +251,28 @@ class Pipeline:
 
     def is_asked(self) -> bool:
         """Whether an answer is still to be taken."""
-        with self._change:
+        with self._lock:
             return self._question is not None
 
     def attempts(self) -> frozenset[int]:
         """Those under way."""
-        with self._change:
+        with self._lock:
             return frozenset(attempt_id for attempt_id in self._runs if attempt_id > 0)
 
     def drop(self, attempts: Collection[int]) -> None:
         """Stop working for attempts that may not write any more."""
-        with self._change:
+        with self._lock:
             for attempt_id in attempts:
                 if run := self._runs.pop(attempt_id, None):
                     self._fail(run, Aborted("the attempt was taken away"))
 
     def close(self) -> None:
         """Stop the threads and the device process. Runs under way are aborted."""
-        with self._change:
+        with self._lock:
             self._closing = True
             for run in list(self._runs.values()):
                 self._fail(run, Aborted("the worker is leaving"))
-            self._change.notify_all()
+            self._stir()
         for thread in self._threads:
             thread.join(CLOSE_S)
         self.device.close()
@@ -293,7 +301,7 @@ class Pipeline:
         batches = [_Batch(run, slots, list(range(len(slots)))) for slots in self._batches(run)]
         run.open_batches = len(batches)
         self._todo.extend(batches)
-        self._change.notify_all()
+        self._stir()
         return run
 
     def _batches(self, run: _Run) -> Iterator[Sequence[Slot]]:
@@ -317,7 +325,7 @@ class Pipeline:
         for batch in run.holding:
             self._release(batch)
         run.holding = []
-        self._change.notify_all()
+        self._stir()
 
     def _fail_all(self, exc: Exception) -> None:
         error = exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}")
@@ -337,14 +345,34 @@ class Pipeline:
         if batch.wanted is not None:
             self._free_out.append(batch.wanted)
         batch.given = batch.wanted = None
-        self._change.notify_all()
 
     def _finish(self, batch: _Batch) -> None:
         run = batch.run
         run.open_batches -= 1
         if run.open_batches == 0:
+            self._take_rows(run, *run.reducer.rest())
             run.ended.set()
             self._let_go(run)
+
+    def _take_rows(self, run: _Run, rows: Sequence[SampleResult], bad: Sequence[Sample]) -> None:
+        """Rows of samples, and samples whose scores are not finite."""
+        run.rows.update((row.name, row) for row in rows)
+        if bad and run.plan.non_finite_before:
+            for sample in bad:
+                run.fail_sample(sample, "its scores are not finite numbers, on two attempts")
+        elif bad:
+            names = ", ".join(sample.name for sample in bad)
+            self._fail(run, NonFinite(f"scores of {names} are not finite numbers"))
+
+    def _stir(self) -> None:
+        """Wake the threads that have something to do now, and no others."""
+        for condition, is_due in (
+            (self._to_read, self._readable),
+            (self._to_drive, self._drivable),
+            (self._to_post, self._reducible),
+        ):
+            if is_due():
+                condition.notify()
 
     # -- the threads ---------------------------------------------------------------------------------------------
 
@@ -355,13 +383,14 @@ class Pipeline:
                 work()
             except Exception as exc:
                 log.exception("pipeline thread failed")
-                with self._change:
+                with self._lock:
                     self._fail_all(exc)
 
     def _read(self) -> None:
         while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closing or (self._todo and self._readable()))
+            with self._lock:
+                if not self._readable(going_on=True):
+                    self._to_read.wait_for(self._readable)
                 if self._closing:
                     return
                 batch = self._todo.popleft()
@@ -371,11 +400,12 @@ class Pipeline:
             try:
                 self._fill(batch)
             except BaseException:
-                with self._change:
+                with self._lock:
                     self._in_hand -= 1
                     self._release(batch)
+                    self._stir()
                 raise
-            with self._change:  # at once out of hand and in a queue: a batch that is nowhere lets the model be switched
+            with self._lock:  # at once out of hand and in a queue: a batch that is nowhere lets the model be switched
                 self._in_hand -= 1
                 batch.run.read_ms += 1000 * (perf_counter() - began)
                 batch.ready_at = monotonic()
@@ -386,13 +416,17 @@ class Pipeline:
                 else:
                     self._release(batch)
                     self._finish(batch)
-                self._change.notify_all()
+                self._stir()
 
-    def _readable(self) -> bool:
+    def _readable(self, *, going_on: bool = False) -> bool:
+        """Whether the reader has something to do; one that is `going_on` need not be woken for it."""
+        if self._closing or not self._todo:
+            return self._closing
         plan = self._todo[0].run.plan
         # Parts of a batch that broke come after what was read ahead: where order matters, nothing is.
         clear = not (plan.isolating and (self._ready or self._sent or self._done or self._in_hand))
-        return self._load == plan.load and bool(self._free_in) and clear
+        enough = 1 if going_on else min(AT_ONCE, len(self._todo))
+        return self._load == plan.load and len(self._free_in) >= enough and clear
 
     def _fill(self, batch: _Batch) -> None:
         assert batch.given is not None
@@ -417,16 +451,22 @@ class Pipeline:
 
     def _drive(self) -> None:
         head_since = monotonic()
+        done: _Batch | None = None  #: small, and to be reduced here
         while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closing or self._sent or self._sendable() or self._loadable())
-                if self._closing and not self._sent:
+            with self._lock:
+                if done is None:
+                    self._to_drive.wait_for(self._drivable)
+                if self._closing and not self._sent and done is None:
                     return
                 wanted = self._todo[0].run if self._loadable() else None
                 if wanted is not None:  # until the switch is over, no buffer is filled and no batch sent
                     self._load = None
                     self._free_in, self._free_out = [], []
                 batch = self._take_ready() if wanted is None and self._sendable() else None
+            if batch is None and done is not None:  # after the device has its next one
+                self._reduce(done)
+                done = None
+                continue
             try:
                 if wanted is not None:
                     self._switch(wanted)
@@ -435,11 +475,14 @@ class Pipeline:
                         head_since = monotonic()
                     self._send(batch)
                 else:
-                    self._receive(head_since)
+                    done = self._receive(head_since)
                     head_since = monotonic()
             except Exception as exc:
                 self._broken(exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
                 head_since = monotonic()
+
+    def _drivable(self) -> bool:
+        return self._closing or bool(self._sent) or self._sendable() or self._loadable()
 
     def _sendable(self) -> bool:
         if self._closing or not (self._ready and self._free_out) or len(self._sent) >= DEPTH:
@@ -461,26 +504,37 @@ class Pipeline:
         assert batch.wanted is not None
         self.device.send(id(batch), batch.given, batch.wanted)
 
-    def _receive(self, head_since: float) -> None:
+    def _receive(self, head_since: float) -> _Batch | None:
+        """Take in the next finished batch; the answer is one that post-processing was not given."""
         number, times = self.device.finished(head_since + self._patience())
-        with self._change:
+        with self._lock:
             if id(self._sent[0]) != number:
                 raise DeviceError("the device process answered out of turn")
             batch = self._sent.popleft()
-            device_ms = sum(times)
+            run, device_ms = batch.run, sum(times)
             self._recent_ms.append(device_ms)
-            if batch.run.plan.canary is not None:
+            if run.plan.canary is not None:
                 self._since_canary = 0
             elif self._since_canary is not None:
                 self._since_canary += 1
-            batch.run.batch_ms.append(times)
-            batch.run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
-            self._done.append(batch)
-            self._change.notify_all()
+            run.batch_ms.append(times)
+            run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
+            if batch.given is not None:
+                self._free_in.append(batch.given)
+                batch.given = None
+            is_small = run.logits is None and batch.wanted is not None and batch.wanted.array.nbytes <= SMALL
+            if is_small:
+                self._in_hand += 1
+            else:
+                self._done.append(batch)
+            self._stir()
+        return batch if is_small else None
 
     def _patience(self) -> float:
         if not self._recent_ms:
             return self._deadline_s * FIRST_PATIENCE
+        if PATIENCE * max(self._recent_ms) / 1000 <= self._deadline_s:  # as usual, and then quicker to see
+            return self._deadline_s
         return max(self._deadline_s, PATIENCE * statistics.median(self._recent_ms) / 1000)
 
     def _switch(self, run: _Run) -> None:
@@ -491,14 +545,14 @@ class Pipeline:
             self.device.load(run.plan.load, ring)
         except Exception as exc:
             ring.close()
-            with self._change:
+            with self._lock:
                 self._fail(run, exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
                 question = self._question
                 if question is not None and not question.claimed and question.plan.load == run.plan.load:
                     self._forget(question)
                     self._fail(question, Aborted("its model does not load"))
             return
-        with self._change:
+        with self._lock:
             if self._ring is not None:
                 self._ring.close()
             self._ring, self._load = ring, run.plan.load
@@ -506,13 +560,13 @@ class Pipeline:
             self._recent_ms.clear()
             self._since_canary = None
             run.load_ms += 1000 * (perf_counter() - began)
-            self._change.notify_all()
+            self._stir()
 
     def _broken(self, error: FarmError) -> None:
         """Blame the batch that was on the device; give the others to the next process."""
         log.warning("device process %s: %s", self.device.pid, error)
         process_ended = isinstance(error, (DeviceCrashed, DeviceHung))
-        with self._change:
+        with self._lock:
             culprit = self._sent.popleft() if self._sent else None
             if culprit is not None:
                 self._blame(culprit, error, process_ended)
@@ -528,17 +582,18 @@ class Pipeline:
                 else:
                     self._release(batch)
             load, ring = self._load, self._ring
+            self._stir()
         if load is None or ring is None or self._closing:
             return
         try:
             if not process_ended:
                 self.device.kill()  # what it was sent after the failed batch must not answer later
             self.device.load(load, ring)
-            with self._change:
+            with self._lock:
                 self._recent_ms.clear()
                 self._since_canary = None
         except Exception as exc:
-            with self._change:
+            with self._lock:
                 self._load = None
                 self._fail_all(exc)
 
@@ -559,54 +614,52 @@ class Pipeline:
             parts = [_Batch(run, batch.slots, part) for part in (batch.active[:half], batch.active[half:])]
             run.open_batches += 1
             self._todo.extendleft(reversed(parts))
-            self._change.notify_all()
+            self._stir()
 
     def _post(self) -> None:
         while True:
-            with self._change:
-                self._change.wait_for(lambda: self._closing or self._done)
+            with self._lock:
+                self._to_post.wait_for(self._reducible)
                 if self._closing:
                     return
                 batch = self._done.popleft()
                 self._in_hand += 1
-            began = perf_counter()
-            assert batch.wanted is not None
-            run, slots, outputs = batch.run, [batch.slots[place] for place in batch.active], batch.wanted.array
-            rows: list[SampleResult] = []
-            bad: list[Sample] = []
-            refused: HostError | None = None
-            try:
-                if run.logits and run.error is None:
-                    filled = zip(slots, batch.active, strict=True)
-                    run.logits.append((slot.sample, slot.part, outputs[place]) for slot, place in filled)
-                rows, bad = run.reducer.take(outputs, batch.active, slots, run.failed)
-            except HostError as exc:  # of the disk: the others may have nothing to keep
-                refused = exc
-            except BaseException:
-                with self._change:
-                    self._in_hand -= 1
-                    self._release(batch)
-                raise
-            with self._change:
+            self._reduce(batch)
+
+    def _reducible(self) -> bool:
+        return self._closing or bool(self._done)
+
+    def _reduce(self, batch: _Batch) -> None:
+        began = perf_counter()
+        assert batch.wanted is not None
+        run, slots, outputs = batch.run, [batch.slots[place] for place in batch.active], batch.wanted.array
+        rows: list[SampleResult] = []
+        bad: list[Sample] = []
+        refused: HostError | None = None
+        try:
+            if run.logits and run.error is None:
+                filled = zip(slots, batch.active, strict=True)
+                run.logits.append((slot.sample, slot.part, outputs[place]) for slot, place in filled)
+            rows, bad = run.reducer.take(outputs, batch.active, slots, run.failed)
+        except HostError as exc:  # of the disk: the others may have nothing to keep
+            refused = exc
+        except BaseException:
+            with self._lock:
                 self._in_hand -= 1
-                run.post_ms += 1000 * (perf_counter() - began)
-                if batch.given is not None:
-                    self._free_in.append(batch.given)
-                    batch.given = None
-                self._change.notify_all()
-                run.holding.append(batch)
-                self._let_go(run)
-                run.rows.update((row.name, row) for row in rows)
-                if refused is not None:
-                    self._fail(run, refused)
-                elif bad and run.plan.non_finite_before:
-                    for sample in bad:
-                        run.fail_sample(sample, "its scores are not finite numbers, on two attempts")
-                elif bad:
-                    names = ", ".join(sample.name for sample in bad)
-                    self._fail(run, NonFinite(f"scores of {names} are not finite numbers"))
-                if run.error is None:
-                    self._finish(batch)
+                self._release(batch)
+                self._stir()
+            raise
+        with self._lock:
+            self._in_hand -= 1
+            run.post_ms += 1000 * (perf_counter() - began)
+            run.holding.append(batch)
+            self._let_go(run)
+            self._take_rows(run, rows, bad)
+            if refused is not None:
+                self._fail(run, refused)
+            if run.error is None:
+                self._finish(batch)
+            self._stir()
 
     def _let_go(self, run: _Run) -> None:
         """Free the outputs that the run's reducer does not need any more; all of them, if it has ended."""

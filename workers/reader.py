@@ -7,7 +7,7 @@ from pathlib import Path
 
 import xxhash
 
-from farm.data.manifest import UNPREPARED, Sample, bin_path, window_paths
+from farm.data.manifest import UNPREPARED, Sample, bin_file, window_paths
 from farm.errors import DataError
 from workers.backends.base import Array
 
@@ -20,10 +20,11 @@ def read_bin(directory: Path, sample: Sample, out: Array, part: int = 0) -> None
     """
     if sample.xxh3 == UNPREPARED:
         raise DataError(f"was not prepared: {sample.problem}")
+    path: str | Path
     if windows := sample.windows:
         path, xxh3 = window_paths(directory, sample.name, windows)[part], windows.xxh3[part]
     else:
-        path, xxh3 = bin_path(directory, sample.name), sample.xxh3
+        path, xxh3 = os.path.join(directory, bin_file(sample.name)), sample.xxh3
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:

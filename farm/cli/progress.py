@@ -21,8 +21,9 @@ from farm.errors import StorageError
 from farm.jobs import Job
 from farm.settings import Settings
 
-#: Between looks at the job's state, which is one cheap row, and between counts, which are not.
-POLL_S, COUNT_S = 0.1, 0.5
+#: Between looks at the job's state, which is one cheap row, and between counts, which are not; and how much of the time
+#: that has passed may be lost by looking late.
+POLL_S, COUNT_S, LATE = 0.1, 0.5, 0.005
 #: Between lines where there is no terminal.
 SAY_S = 5.0
 #: Between looks at a database that does not answer.
@@ -51,7 +52,8 @@ def follow(
         now = patient(lambda: _progress(database, job_id))
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
         began, first, said = monotonic(), now.finished_samples, monotonic()
-        while not patient(lambda: _ended_within(COUNT_S if not bar.disable else SAY_S / 5, database, job_id)):
+        wait_s = COUNT_S if not bar.disable else SAY_S / 5
+        while not patient(lambda: _ended_within(wait_s, max(POLL_S, LATE * (monotonic() - began)), database, job_id)):
             keep_farm()
             now, note = patient(lambda: watch.look(job_id))
             rate = (now.finished_samples - first) / (monotonic() - began)
@@ -130,14 +132,14 @@ class _Said(logging.Handler):
             self._console.print(record.getMessage(), markup=False, highlight=False)
 
 
-def _ended_within(seconds: float, database: Database, job_id: int) -> bool:
+def _ended_within(seconds: float, poll_s: float, database: Database, job_id: int) -> bool:
     """Whether the job has ended; waits up to so long for it."""
     deadline = monotonic() + seconds
     while monotonic() < deadline:
         with database.read() as conn:
             if jobs.state(conn, job_id).is_final:
                 return True
-        sleep(POLL_S)
+        sleep(min(poll_s, seconds))
     return False
 
 

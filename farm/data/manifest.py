@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from farm.data import disk, slide
@@ -130,8 +131,12 @@ def bins_dir(data_dir: Path, recipe: str, dtype: str = "float32") -> Path:
     return data_dir / "bins" / f"{recipe}-{dtype}"
 
 
+def bin_file(name: str) -> str:
+    return f"{name}.bin"
+
+
 def bin_path(directory: Path, name: str) -> Path:
-    return directory / f"{name}.bin"
+    return directory / bin_file(name)
 
 
 def annotation_path(directory: Path, name: str) -> Path:
@@ -200,29 +205,49 @@ def read(directory: Path) -> Manifest:
     return manifest
 
 
-def frozen(directory: Path, digest: str) -> tuple[str, ...] | None:
-    """
-    The lines of the samples of the manifest with this digest, for `sample_of`; None if it is another one.
+class Frozen:
+    """The samples of a manifest that was found good before, by its bytes: each is made when it is asked for."""
 
-    So much quicker than `read` that every worker can do it when a job begins: what has the digest of a manifest that
-    was read needs no second look. `DataError` where there is none.
+    def __init__(self, text: bytes) -> None:
+        """`text` is all after the header's line."""
+        self._text = text
+        self._ends = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n"))
+
+    def samples(self, start: int, stop: int) -> list[Sample]:
+        """Those from one index to before another, in the manifest's order."""
+        first = int(self._ends[start - 1]) + 1 if start else 0
+        lines = (
+            self._text[first : int(self._ends[stop - 1])].decode(errors="replace").split("\n") if stop > start else []
+        )
+        return [_sample_of(line) for line in lines]
+
+
+def frozen(directory: Path, digest: str) -> Frozen | None:
+    """
+    The samples of the manifest with this digest; None if it is another one.
+
+    So much quicker than `read`, and so much smaller, that every worker can do it when a job begins: what has the digest
+    of a manifest that was read needs no second look. `DataError` where there is none.
     """
     path = directory / FILE_NAME
     try:
-        first, *lines = path.read_bytes().decode().split("\n")
+        first, _, text = path.read_bytes().partition(b"\n")
+        header = first.decode()
     except FileNotFoundError as exc:
         raise DataError(f"no prepared data in {directory}: run farm prepare first") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"cannot read {path}: {exc}. {_AGAIN}") from exc
-    mark = f"\t{UNPREPARED}\t"
-    told = [line.rpartition(mark)[0] + mark[:-1] if mark in line else line for line in lines]
-    recipe = _read_header(path, first).recipe_digest
-    found = hashlib.sha256("\n".join([recipe, *told]).encode()).hexdigest()
-    return tuple(lines[:-1]) if found == digest else None
+    mark = f"\t{UNPREPARED}\t".encode()
+    told = text
+    if mark in text:
+        lines = text.split(b"\n")
+        told = b"\n".join(line.rpartition(mark)[0] + mark[:-1] if mark in line else line for line in lines)
+    found = hashlib.sha256(_read_header(path, header).recipe_digest.encode() + b"\n")
+    found.update(told)
+    return Frozen(text) if found.hexdigest() == digest else None
 
 
-def sample_of(line: str) -> Sample:
-    """What a line of a manifest says that was checked before."""
+def _sample_of(line: str) -> Sample:
     name, label, xxh3, *problem = line.split("\t")
     return Sample(name, int(label), xxh3, *problem)
 

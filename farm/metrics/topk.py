@@ -21,11 +21,20 @@ def best(scores: Scores, k: int = K) -> tuple[NDArray[np.int64], Scores]:
     """
     n, classes = scores.shape
     threshold = np.partition(scores, classes - k, axis=1)[:, classes - k]
-    order = np.empty((n, k), dtype=np.int64)
-    for row in range(n):
-        candidates = np.flatnonzero(scores[row] >= threshold[row])
-        order[row] = candidates[np.argsort(-scores[row, candidates], kind="stable")[:k]]
-    return order, np.take_along_axis(scores, order, axis=1)
+    _, candidates = np.nonzero(scores >= threshold[:, None])  # k in each row, more where the last place is shared
+    if len(candidates) == n * k:
+        kept = candidates.reshape(n, k)
+    else:
+        kept = np.array([_lowest(row, least, k) for row, least in zip(scores, threshold, strict=True)])
+    order = np.argsort(-np.take_along_axis(scores, kept, axis=1), axis=1, kind="stable")
+    kept = np.take_along_axis(kept, order, axis=1)
+    return kept, np.take_along_axis(scores, kept, axis=1)
+
+
+def _lowest(row: NDArray[np.float32], least: np.float32, k: int) -> NDArray[np.int64]:
+    """The `k` best classes of a row, ascending; `least` is the score of the last of them."""
+    above, equal = np.flatnonzero(row > least), np.flatnonzero(row == least)
+    return np.sort(np.concatenate([above, equal[: k - len(above)]]))
 
 
 def ranks(scores: Scores, labels: Sequence[int]) -> NDArray[np.int64]:

@@ -330,15 +330,19 @@ def test_the_same_inputs_elsewhere_have_the_same_digest(same: Manifest) -> None:
 
 
 @in_one_folder
-@given(written=many_samples)
-def test_what_has_a_digest_is_what_was_read_when_it_was_taken(tmp_path: Path, written: list[Sample]) -> None:
+@given(written=many_samples, data=st.data())
+def test_what_has_a_digest_is_what_was_read_when_it_was_taken(
+    tmp_path: Path, written: list[Sample], data: st.DataObject
+) -> None:
     manifest.write(tmp_path, HEADER, written)
     found = manifest.read(tmp_path)
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(found.samples))] * 2), label="start and stop"))
 
-    lines = manifest.frozen(tmp_path, found.digest)
+    frozen = manifest.frozen(tmp_path, found.digest)
 
-    assert lines is not None
-    assert tuple(manifest.sample_of(line) for line in lines) == found.samples
+    assert frozen is not None
+    assert tuple(frozen.samples(start, stop)) == found.samples[start:stop]
+    assert tuple(frozen.samples(0, len(found.samples))) == found.samples
 
 
 @pytest.mark.parametrize("change", [("\t1\t", "\t2\t"), ("0123", "0124"), ("a\t", "aa\t"), ("d" * 64, "e" * 64)])
@@ -355,10 +359,10 @@ def test_why_a_sample_could_not_be_prepared_may_be_worded_otherwise(tmp_path: Pa
     path = tmp_path / "manifest"
     path.write_text(path.read_text().replace("is empty", "has nothing in it"))
 
-    lines = manifest.frozen(tmp_path, digest)
+    frozen = manifest.frozen(tmp_path, digest)
 
-    assert lines is not None
-    assert manifest.sample_of(lines[1]).problem.startswith("has nothing in it")
+    assert frozen is not None
+    assert frozen.samples(1, 2)[0].problem.startswith("has nothing in it")
 
 
 def test_no_manifest_is_not_the_one_with_the_digest(tmp_path: Path) -> None:
