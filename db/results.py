@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
 from sqlalchemy import Connection, func, select
 from sqlalchemy import insert as sql_insert
 
 from db import tables
 from farm.errors import InvariantBroken
 from farm.jobs import LIVE, Assignment, AttemptState, Budget, ResultState, SampleResult, Segments
+
+if TYPE_CHECKING:  # who only looks at states does without
+    import numpy as np
+    from numpy.typing import NDArray
 
 _K = 5
 _CLASSES = [f"class{i}" for i in range(1, _K + 1)]
@@ -139,6 +142,8 @@ def segments(conn: Connection, job_id: int, name: str | None = None) -> Iterator
 
 def areas(conn: Connection, job_id: int) -> NDArray[np.int64]:
     """Pixels intersecting, predicted and labelled by class, [3, 150], over all images of a job; [3, 0] if none is."""
+    import numpy as np
+
     query = select(tables.segments.c.areas).where(tables.segments.c.job_id == job_id, tables.segments.c.superseded == 0)
     packed = [np.frombuffer(row.areas, "<u4").reshape(3, -1) for row in conn.execute(query)]
     return np.sum(packed, axis=0, dtype=np.int64) if packed else np.zeros((3, 0), np.int64)
@@ -146,6 +151,8 @@ def areas(conn: Connection, job_id: int) -> NDArray[np.int64]:
 
 def attempt_times(conn: Connection, job_id: int) -> list[AttemptTimes]:
     """One record a winning attempt, in the order they started."""
+    import numpy as np
+
     a, s = tables.attempt.c, tables.shard.c
     query = (
         select(a.device, a.started, a.ended, a.batch_ms, a.budget, (s.stop - s.start).label("samples"))
@@ -211,6 +218,8 @@ def throughput(conn: Connection, artifact_sha256: str) -> float | None:
     """
     Samples a second one device managed with this artifact in its last 20 shards, copies included; None if never run.
     """
+    import numpy as np
+
     a, j = tables.attempt.c, tables.job.c
     query = (
         select(a.batch_ms, j.bs)

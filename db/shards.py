@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, insert, or_, select, update
 
 from db import canaries, devices, events, jobs, results, tables
@@ -401,6 +400,8 @@ def _fence(conn: Connection, now: float, assignment: Assignment, device: str, in
 def _win(
     conn: Connection, now: float, assignment: Assignment, device: str, incarnation: int, result: ShardResult
 ) -> None:
+    import numpy as np  # loaded already where there is a result; who assigns and rings does without
+
     _hold(conn, [assignment.shard_id])
     won = conn.execute(
         update(tables.attempt)

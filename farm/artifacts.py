@@ -10,15 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from farm.errors import DataError, UsageError
-from farm.zoo.spec import ModelSpec, Tensor
+from farm.zoo.spec import ModelSpec, Tensor, nbytes
 
 VERSION = 1
 
@@ -34,7 +32,7 @@ class TensorInfo(BaseModel):
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
+        return nbytes(self.dtype, self.shape)
 
     @classmethod
     def of(cls, tensor: Tensor, bs: int) -> TensorInfo:

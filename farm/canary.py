@@ -30,15 +30,16 @@ KEPT = 1000
 def fill(array: Array, number: int) -> None:
     """Write canary `number` into a batch: float32 or uint8 [bs, ...]."""
     for place in range(len(array)):
-        array[place] = _input((number + place) % COUNT, array.shape[1:], array.dtype.name)
+        pixels = _pixels((number + place) % COUNT, array.shape[1:])
+        # As they are, or about as large as normalised ones.
+        array[place] = pixels if array.dtype == np.uint8 else (pixels.astype(np.float32) - 127.5) / 64
 
 
-@lru_cache(maxsize=2 * COUNT)
-def _input(index: int, shape: tuple[int, ...], dtype: str) -> Array:
-    """Pixels, or values about as large as normalised pixels are. Only a bit generator's own stream never changes."""
+@lru_cache(maxsize=COUNT)
+def _pixels(index: int, shape: tuple[int, ...]) -> Array:
+    """One of the inputs, in as little memory as it can be kept. Only a bit generator's own stream never changes."""
     count = int(np.prod(shape))
-    pixels = np.random.PCG64(index).random_raw((count + 7) // 8).astype("<u8").view(np.uint8)[:count].reshape(shape)
-    return pixels if dtype == "uint8" else ((pixels.astype(np.float32) - 127.5) / 64).astype(dtype)
+    return np.random.PCG64(index).random_raw((count + 7) // 8).astype("<u8").view(np.uint8)[:count].reshape(shape)
 
 
 def write_reference(artifact: Path, outputs: Array) -> None:

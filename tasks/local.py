@@ -18,12 +18,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farm.errors import FarmError, UsageError
 from farm.leash import ROOT
 from farm.settings import Settings, make_home
-from workers.devices import LocalDevice, discover
+
+if TYPE_CHECKING:
+    from workers.devices import LocalDevice
 
 #: A host that is not up by then has said why in its log.
 START_S = 20.0
@@ -201,6 +203,8 @@ def refuse_other_devices(settings: Settings) -> None:
 
 def devices(settings: Settings) -> list[LocalDevice]:
     """This host's devices, as the farm that is up here has them."""
+    from workers.devices import discover
+
     if not settings.simulate and (simulated := simulates(settings)):
         settings = settings.model_copy(update={"simulate": simulated})
     return discover(settings)

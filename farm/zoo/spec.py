@@ -6,7 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-import numpy as np
+
+def nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """What a tensor takes."""
+    import numpy as np  # who only reads of models and jobs does without
+
+    return prod(shape) * np.dtype(dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +24,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * np.dtype(self.dtype).itemsize
+        return nbytes(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

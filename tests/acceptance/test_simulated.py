@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +47,17 @@ def test_a_job_needs_no_artifact_and_says_that_it_is_simulated(farm: Farm) -> No
     shown = farm.run("report", str(report["job"])).stdout
     assert "SIMULATED" in shown
     assert "of made-up samples: no accuracy here is real" in shown
+
+
+def test_what_works_on_a_classifier_loads_nothing_for_pictures_or_models(farm: Farm) -> None:
+    farm.submit("--bs", "8", model="conformer")
+
+    working = farm.pids("tasks.worker") + farm.pids("workers.device_process")
+    assert len(working) == 2 * len(CHIPS)
+    for pid in working:
+        mapped = Path(f"/proc/{pid}/maps").read_text()
+        assert "/numpy/" in mapped
+        assert not re.search(r"/(PIL|cv2|llvmlite|numba|onnxruntime|psycopg\w*|scipy|torch)/", mapped)
 
 
 def test_timings_are_the_references_and_the_slow_chips_are_not(farm: Farm) -> None:
