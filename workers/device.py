@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -87,16 +88,31 @@ class DeviceProcess:
         except OSError as exc:
             raise self._crashed() from exc
 
-    def finished(self, deadline: float) -> tuple[int, Times]:
+    def finished(self, deadline: float, bell: int | None = None) -> tuple[int, Times] | None:
         """
         The next finished batch: its number and times. `deadline` is in `time.monotonic` seconds.
 
-        Raises `DeviceHung` or `DeviceCrashed` (the process is gone then), or what the backend raised.
+        None as soon as the `bell`, an eventfd, was rung. Raises `DeviceHung` or `DeviceCrashed` (the process is gone
+        then), or what the backend raised.
         """
+        if bell is not None and self._rung(bell, deadline - monotonic()):
+            return None
         answer = self.receive(deadline - monotonic())
         if answer["op"] == "error":
             raise _error(answer)
         return answer["batch"], Times(*answer["ms"])
+
+    def _rung(self, bell: int, timeout_s: float) -> bool:
+        """Wait for the process or the bell; whether it was the bell alone."""
+        if self._link is None:
+            return False
+        both = select.poll()
+        both.register(self._link, select.POLLIN)
+        both.register(bell, select.POLLIN)
+        heard = [descriptor for descriptor, _ in both.poll(max(0.0, 1000 * timeout_s))]
+        if bell in heard:
+            os.eventfd_read(bell)
+        return heard == [bell]
 
     def receive(self, timeout_s: float) -> Mapping[str, Any]:
         if self._link is None:

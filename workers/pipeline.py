@@ -10,10 +10,12 @@ shard only: the others' batches are sent again to the next process.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -162,6 +164,8 @@ class Pipeline:
         self._question: _Run | None = None  #: the last of them, until its answer is taken
         self._since_canary: int | None = None  #: batches; None before the first of a loaded model
         self._closing = False
+        self._listening = False  #: the device thread waits for the device, which could have another batch
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (("reader", self._read), ("device", self._drive), ("post", self._post))
@@ -270,6 +274,7 @@ class Pipeline:
         self.device.close()
         for thread in self._threads:
             thread.join(CLOSE_S)  # one that waited for a hanging device has been woken by its end
+        os.close(self._bell)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -338,6 +343,13 @@ class Pipeline:
             self._free_out.append(batch.wanted)
         batch.given = batch.wanted = None
         self._change.notify_all()
+        self._call()
+
+    def _call(self) -> None:
+        """Have the device thread come from waiting for the device, where there is something to send to it."""
+        if self._listening and self._sendable():
+            self._listening = False
+            os.eventfd_write(self._bell, 1)
 
     def _finish(self, batch: _Batch) -> None:
         run = batch.run
@@ -350,6 +362,7 @@ class Pipeline:
 
     def _guard(self, work: Callable[[], None]) -> None:
         """A thread that breaks ends every run with its error rather than leaving them waiting."""
+        _stand_back()
         while not self._closing:
             try:
                 work()
@@ -383,6 +396,7 @@ class Pipeline:
                     self._release(batch)
                 elif batch.active:
                     self._ready.append(batch)
+                    self._call()
                 else:
                     self._release(batch)
                     self._finish(batch)
@@ -427,6 +441,7 @@ class Pipeline:
                     self._load = None
                     self._free_in, self._free_out = [], []
                 batch = self._take_ready() if wanted is None and self._sendable() else None
+                self._listening = wanted is None and batch is None and len(self._sent) < DEPTH
             try:
                 if wanted is not None:
                     self._switch(wanted)
@@ -434,8 +449,7 @@ class Pipeline:
                     if len(self._sent) == 1:
                         head_since = monotonic()
                     self._send(batch)
-                else:
-                    self._receive(head_since)
+                elif self._receive(head_since):
                     head_since = monotonic()
             except Exception as exc:
                 self._broken(exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
@@ -461,8 +475,12 @@ class Pipeline:
         assert batch.wanted is not None
         self.device.send(id(batch), batch.given, batch.wanted)
 
-    def _receive(self, head_since: float) -> None:
-        number, times = self.device.finished(head_since + self._patience())
+    def _receive(self, head_since: float) -> bool:
+        """Take in the next finished batch; False if something can be sent before."""
+        finished = self.device.finished(head_since + self._patience(), self._bell if self._listening else None)
+        if finished is None:
+            return False
+        number, times = finished
         with self._change:
             if id(self._sent[0]) != number:
                 raise DeviceError("the device process answered out of turn")
@@ -477,6 +495,7 @@ class Pipeline:
             batch.run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
             self._done.append(batch)
             self._change.notify_all()
+        return True
 
     def _patience(self) -> float:
         if not self._recent_ms:
@@ -616,3 +635,14 @@ class Pipeline:
             if not any(np.may_share_memory(part, batch.wanted.array) for part in needed):
                 run.holding.remove(batch)
                 self._release(batch)
+
+
+def _stand_back() -> None:
+    """
+    Have the calling thread not take a core from who is at work when it wakes up.
+
+    The device process wakes it by saying that a batch is done, and is about to begin the next one: on a busy host it
+    would be off its core until post-processing has had its turn. Threads and processes started from here are as usual.
+    """
+    with suppress(OSError):  # not everywhere allowed, and nowhere needed
+        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
