@@ -15,7 +15,6 @@ import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +29,7 @@ from farm.jobs import Budget, ResultState, SampleResult, ShardResult
 from farm.logits import Writer
 from workers.backends.base import Load, Times
 from workers.canary import EVERY, Deaf, Listener, samples
-from workers.device import DeviceProcess
+from workers.device import DeviceProcess, schedule
 from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
 from workers.ring import Buffer, Ring
@@ -348,7 +347,6 @@ class Pipeline:
     def _call(self) -> None:
         """Have the device thread come from waiting for the device, where there is something to send to it."""
         if self._listening and self._sendable():
-            self._listening = False
             os.eventfd_write(self._bell, 1)
 
     def _finish(self, batch: _Batch) -> None:
@@ -362,7 +360,9 @@ class Pipeline:
 
     def _guard(self, work: Callable[[], None]) -> None:
         """A thread that breaks ends every run with its error rather than leaving them waiting."""
-        _stand_back()
+        # The device process wakes one of them by saying that a batch is done, and is about to begin the next one: where
+        # cores are few it would lose its own until post-processing has had its turn.
+        schedule(os.SCHED_BATCH)
         while not self._closing:
             try:
                 work()
@@ -477,10 +477,10 @@ class Pipeline:
 
     def _receive(self, head_since: float) -> bool:
         """Take in the next finished batch; False if something can be sent before."""
-        finished = self.device.finished(head_since + self._patience(), self._bell if self._listening else None)
-        if finished is None:
+        deadline = head_since + self._patience()
+        if self._listening and self.device.rung(self._bell, deadline):
             return False
-        number, times = finished
+        number, times = self.device.finished(deadline)
         with self._change:
             if id(self._sent[0]) != number:
                 raise DeviceError("the device process answered out of turn")
@@ -635,14 +635,3 @@ class Pipeline:
             if not any(np.may_share_memory(part, batch.wanted.array) for part in needed):
                 run.holding.remove(batch)
                 self._release(batch)
-
-
-def _stand_back() -> None:
-    """
-    Have the calling thread not take a core from who is at work when it wakes up.
-
-    The device process wakes it by saying that a batch is done, and is about to begin the next one: on a busy host it
-    would be off its core until post-processing has had its turn. Threads and processes started from here are as usual.
-    """
-    with suppress(OSError):  # not everywhere allowed, and nowhere needed
-        os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
