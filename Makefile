@@ -32,6 +32,8 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks.many_jobs --short
 	$(BIN)/python -m tests.benchmarks.utilisation --short
 	$(BIN)/python -m tests.benchmarks.startup --short
+	$(BIN)/python -m tests.benchmarks.segmentation_utilisation --short
+	$(BIN)/python -m tests.benchmarks.growth --short
 
 clean:
 	rm -rf $(VENV)

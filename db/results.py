@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy import insert as sql_insert
 
 from db import tables
@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # who only looks at states does without
 _K = 5
 _CLASSES = [f"class{i}" for i in range(1, _K + 1)]
 _SCORES = [f"score{i}" for i in range(1, _K + 1)]
+_STATES = {state.value: state for state in ResultState}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,10 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
     """The rows that count, in name order."""
     r, s = tables.result.c, tables.segments.c
     query = (
-        select(tables.result, tables.attempt.c.device, s.sha256)
+        select(
+            *(r.name, r.state, r.label, r.rank, r.reason, tables.attempt.c.device, s.sha256),
+            *(r[column] for column in (*_CLASSES, *_SCORES)),
+        )
         .join(tables.attempt, tables.attempt.c.id == r.attempt_id)
         .outerjoin(tables.segments, (s.job_id == r.job_id) & (s.name == r.name) & (s.superseded == r.superseded))
         .where(r.job_id == job_id, r.superseded == 0)
@@ -115,19 +119,29 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
     )
     if state is not None:
         query = query.where(r.state == state.value)
-    for row in conn.execute(query).mappings():
-        classified = row["rank"] is not None
+    _take_time(conn)
+    for name, state_, label, rank, reason, device, sha256, *best in conn.execute(query):
+        classified = rank is not None
         yield Row(
-            name=row["name"],
-            state=ResultState(row["state"]),
-            label=row["label"],
-            rank=row["rank"],
-            classes=tuple(row[key] for key in _CLASSES) if classified else (),
-            scores=tuple(row[key] for key in _SCORES) if classified else (),
-            sha256=row["sha256"],
-            reason=row["reason"],
-            device=row["device"],
+            name=name,
+            state=_STATES[state_],
+            label=label,
+            rank=rank,
+            classes=tuple(best[:_K]) if classified else (),
+            scores=tuple(best[_K:]) if classified else (),
+            sha256=sha256,
+            reason=reason,
+            device=device,
         )
+
+
+def _take_time(conn: Connection) -> None:
+    """
+    Have a server not end this transaction while its rows are worked on: a million take longer than it has patience
+    with who may have vanished. Who reads keeps nobody waiting.
+    """
+    if conn.dialect.name != "sqlite":
+        conn.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
 
 
 def segments(conn: Connection, job_id: int, name: str | None = None) -> Iterator[tuple[str, Segments]]:
@@ -136,6 +150,7 @@ def segments(conn: Connection, job_id: int, name: str | None = None) -> Iterator
     if name is not None:
         query = query.where(tables.segments.c.name == name)
     columns = [field.name for field in fields(Segments)]
+    _take_time(conn)
     for row in conn.execute(query.order_by(tables.segments.c.name)).mappings():
         yield row["name"], Segments(**{column: row[column] for column in columns})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -36,7 +37,7 @@ class DeviceProcess:
     def __init__(self, *backends: str) -> None:
         """`backends` are those that it will most likely need."""
         self._backends = backends
-        self._starter = ThreadPoolExecutor(1, thread_name_prefix="device-starter")
+        self._starter = ThreadPoolExecutor(1, "device-starter", schedule, (os.SCHED_OTHER,))
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._ready = False
@@ -97,6 +98,18 @@ class DeviceProcess:
         if answer["op"] == "error":
             raise _error(answer)
         return answer["batch"], Times(*answer["ms"])
+
+    def rung(self, bell: int, deadline: float) -> bool:
+        """Wait until there is something for `finished`, or the bell, an eventfd, is rung; whether it was that alone."""
+        if self._link is None:
+            return False
+        both = select.poll()
+        both.register(self._link, select.POLLIN)
+        both.register(bell, select.POLLIN)
+        heard = [descriptor for descriptor, _ in both.poll(max(0.0, 1000 * (deadline - monotonic())))]
+        if bell in heard:
+            os.eventfd_read(bell)
+        return heard == [bell]
 
     def receive(self, timeout_s: float) -> Mapping[str, Any]:
         if self._link is None:
@@ -165,6 +178,16 @@ class DeviceProcess:
                 code = process.wait(REAP_S)
         self.kill()
         return DeviceCrashed(f"its process ended by itself ({_ending(code)})")
+
+
+def schedule(policy: int) -> None:
+    """
+    Have the kernel treat the calling thread so, and what it starts.
+
+    A thread of `SCHED_BATCH` that wakes up takes no core from who is at work; otherwise it gets its share as ever.
+    """
+    with suppress(OSError):  # where that is not allowed, it goes on as it was
+        os.sched_setscheduler(0, policy, os.sched_param(0))
 
 
 def _ending(code: int | None) -> str:

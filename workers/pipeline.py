@@ -13,6 +13,7 @@ next process.
 from __future__ import annotations
 
 import logging
+import os
 import statistics
 import threading
 from collections import deque
@@ -31,7 +32,7 @@ from farm.jobs import Budget, ResultState, SampleResult, ShardResult
 from farm.logits import Writer
 from workers.backends.base import Load, Times
 from workers.canary import EVERY, Deaf, Listener, samples
-from workers.device import DeviceProcess
+from workers.device import DeviceProcess, schedule
 from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
 from workers.ring import Buffer, Ring
@@ -170,6 +171,8 @@ class Pipeline:
         self._question: _Run | None = None  #: the last of them, until its answer is taken
         self._since_canary: int | None = None  #: batches; None before the first of a loaded model
         self._closing = False
+        self._listening = False  #: the device thread waits for the device, which could have another batch
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (("reader", self._read), ("device", self._drive), ("post", self._post))
@@ -278,6 +281,7 @@ class Pipeline:
         self.device.close()
         for thread in self._threads:
             thread.join(CLOSE_S)  # one that waited for a hanging device has been woken by its end
+        os.close(self._bell)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -373,11 +377,16 @@ class Pipeline:
         ):
             if is_due():
                 condition.notify()
+        if self._listening and self._sendable():
+            os.eventfd_write(self._bell, 1)
 
     # -- the threads ---------------------------------------------------------------------------------------------
 
     def _guard(self, work: Callable[[], None]) -> None:
         """A thread that breaks ends every run with its error rather than leaving them waiting."""
+        # The device process wakes one of them by saying that a batch is done, and is about to begin the next one: where
+        # cores are few it would lose its own until post-processing has had its turn.
+        schedule(os.SCHED_BATCH)
         while not self._closing:
             try:
                 work()
@@ -463,6 +472,7 @@ class Pipeline:
                     self._load = None
                     self._free_in, self._free_out = [], []
                 batch = self._take_ready() if wanted is None and self._sendable() else None
+                self._listening = wanted is None and batch is None and done is None and len(self._sent) < DEPTH
             if batch is None and done is not None:  # after the device has its next one
                 self._reduce(done)
                 done = None
@@ -474,7 +484,7 @@ class Pipeline:
                     if len(self._sent) == 1:
                         head_since = monotonic()
                     self._send(batch)
-                else:
+                elif not self._is_called(head_since):
                     done = self._receive(head_since)
                     head_since = monotonic()
             except Exception as exc:
@@ -503,6 +513,10 @@ class Pipeline:
         assert batch.given is not None
         assert batch.wanted is not None
         self.device.send(id(batch), batch.given, batch.wanted)
+
+    def _is_called(self, head_since: float) -> bool:
+        """Whether something can be sent before the device is done; waits for the one or the other."""
+        return self._listening and self.device.rung(self._bell, head_since + self._patience())
 
     def _receive(self, head_since: float) -> _Batch | None:
         """Take in the next finished batch; the answer is one that post-processing was not given."""

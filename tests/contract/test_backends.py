@@ -284,6 +284,28 @@ def test_a_simulated_answer_is_a_function_of_the_samples_bytes() -> None:
     assert answers.tobytes() == np.stack(expected).tobytes()
 
 
+@pytest.mark.parametrize("side", [128, 250, 512])
+def test_a_large_simulated_answer_is_that_function_too(side: int) -> None:
+    batch, out = images(1), np.empty((1, 5, side, side), np.float32)
+
+    simulate().infer(batch, out)
+
+    assert out.tobytes() == scores(xxhash.xxh3_64_intdigest(batch[0].tobytes()), out.size).tobytes()
+
+
+def test_smooth_maps_are_functions_of_the_samples_bytes_that_vary_slowly() -> None:
+    batch = images(2)
+    first, again = np.empty((2, 5, 128, 128), np.float32), np.empty((2, 5, 128, 128), np.float32)
+
+    simulate(smooth=True).infer(batch, first)
+    simulate(smooth=True).infer(batch[::-1], again)
+
+    assert first.tobytes() == again[::-1].tobytes()
+    assert not np.array_equal(first[0], first[1])
+    steps = [np.abs(np.diff(first, axis=axis)).max() for axis in (2, 3)]
+    assert max(steps) <= 0.5 < np.ptp(first)  # of 16, over the 32 cells from one point to the next
+
+
 def test_a_simulated_device_takes_the_time_it_is_told() -> None:
     times = simulate(h2d_ms=2, compute_ms=4, d2h_ms=3).infer(images(2), np.empty((2, 1000), dtype=np.float32))
 

@@ -10,12 +10,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
+from typing import Any
 
 import numpy as np
 import psutil
@@ -28,11 +29,11 @@ from farm.data.manifest import UNPREPARED, Sample, bin_path, bins_dir
 from farm.errors import DeviceCrashed, DeviceError, DeviceHung, JobError
 from farm.jobs import ResultState, SampleResult
 from tests.datasets import LVVIT, load_bin, write_bins, write_tiny_onnx
-from workers.backends.base import Load, TensorSpec
+from workers.backends.base import Array, Load, TensorSpec
 from workers.backends.simulated import scores
 from workers.device import DeviceProcess
 from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
-from workers.postprocess import classify
+from workers.postprocess import Reducer, Slot, classify
 from workers.ring import Ring
 
 SHAPE, CLASSES, BS = (3, 4, 4), 10, 4
@@ -555,6 +556,62 @@ def test_isolating_finds_nothing_in_a_shard_that_breaks_nothing(pipeline: Pipeli
 def test_isolating_does_not_blame_a_sample_for_a_device_that_refuses(pipeline: Pipeline, data: Data) -> None:
     with pytest.raises(DeviceError, match="as it was told to"):
         pipeline.run(plan_of(data, simulated(fault("error", data, 5)), isolating=True))
+
+
+# -- a device that never waits ------------------------------------------------------------------------------------
+
+
+class Pairs(Reducer):
+    """As of images of two windows: needs the first outputs until it has worked on the second."""
+
+    def __init__(self) -> None:
+        self._first: list[Array] = []
+
+    def take(
+        self, outputs: Array, _places: Sequence[int], slots: Sequence[Slot], _failed: Collection[str]
+    ) -> tuple[list[SampleResult], list[Sample]]:
+        if self._first:
+            sleep(0.05)
+        self._first = [] if self._first else [outputs]
+        return [answer(slot.sample, np.arange(CLASSES, dtype=np.float32)) for slot in slots], []
+
+    def held(self) -> list[Array]:
+        return self._first
+
+
+def test_a_device_whose_outputs_are_needed_in_pairs_always_has_a_batch_waiting(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of three outputs are free again while the device works, and it is the device that was waited for."""
+    monkeypatch.setattr("workers.pipeline.reducer_of", lambda *_: Pairs())
+    send, finished = pipeline.device.send, pipeline.device.finished
+    there: list[int] = []  # before and after each batch sent and done
+
+    def count_sent(*arguments: Any) -> None:
+        there.append(there[-1] + 1 if there else 1)
+        send(*arguments)
+
+    def count_done(*arguments: Any) -> Any:
+        found = finished(*arguments)
+        there.append(there[-1] - 1)
+        return found
+
+    monkeypatch.setattr(pipeline.device, "send", count_sent)
+    monkeypatch.setattr(pipeline.device, "finished", count_done)
+    load = simulated(bs=1, compute_ms=200)
+    large = replace(load, output=replace(load.output, shape=(1, 1 << 19)))
+
+    pipeline.run(plan_of(data, large))
+
+    assert min(there[:-1]) == 1
+
+
+def test_a_pipeline_does_not_take_the_core_of_its_device_process(pipeline: Pipeline, data: Data) -> None:
+    pipeline.run(plan_of(data))
+
+    threads = [thread.native_id for thread in threading.enumerate() if thread.name in ("reader", "device", "post")]
+    assert {os.sched_getscheduler(thread or 0) for thread in threads} == {os.SCHED_BATCH}
+    assert os.sched_getscheduler(pipeline.device.pid or 0) == os.SCHED_OTHER
 
 
 # -- leaving -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from sqlalchemy import Connection, event, func, insert, select, text
 
-from db import engine, jobs, reopen, shards, tables
+from db import engine, jobs, reopen, results, shards, tables
 from db.engine import Database, connect, filesystem_of
 from farm.errors import StorageError, UsageError
 from farm.jobs import JobState
@@ -234,6 +234,16 @@ def test_the_server_ends_waiting_and_silence_within_the_lease(
         assert conn.scalar(text("SHOW idle_in_transaction_session_timeout")) == idle
         assert conn.scalar(text("SHOW tcp_user_timeout")) == {"15s": "15000", "1500ms": "1500"}[idle]
         assert conn.scalar(text("SHOW tcp_keepalives_idle")) == "10"
+
+
+@pytest.mark.parametrize("read", [results.rows, results.segments])
+def test_who_reads_rows_may_take_longer_over_them_than_a_server_waits_for_who_vanished(
+    postgres_url: str, read: Callable[[Connection, int], Iterator[object]]
+) -> None:
+    with closing(Database(postgres_url, lease_s=0.2)) as database, database.read() as conn:
+        list(read(conn, 1))
+        time.sleep(0.5)
+        assert conn.scalar(select(1)) == 1
 
 
 def test_a_url_has_the_last_word_on_timeouts(postgres_url: str) -> None:
