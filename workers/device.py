@@ -101,10 +101,11 @@ class DeviceProcess:
 
     def rung(self, bell: int, deadline: float) -> bool:
         """Wait until there is something for `finished`, or the bell, an eventfd, is rung; whether it was that alone."""
-        if self._link is None:
+        link = self._link
+        if link is None or link.fileno() < 0:  # closed meanwhile: `finished` says so
             return False
         both = select.poll()
-        both.register(self._link, select.POLLIN)
+        both.register(link, select.POLLIN)
         both.register(bell, select.POLLIN)
         heard = [descriptor for descriptor, _ in both.poll(max(0.0, 1000 * (deadline - monotonic())))]
         if bell in heard:

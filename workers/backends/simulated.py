@@ -7,7 +7,8 @@ e.g. ``{"compute_ms": 50, "faults": [{"kind": "hang", "batch": 3, "once": "/tmp/
 names fits: `sample` (xxh3 of the bin, 16 hex digits), `batch` (counted from 1 since the model was loaded), `after`
 (every batch after that one), `bs` (the batch size), `device` (host:index); with `once`, only for the one process that
 manages to create that file. Kinds: hang, crash, slow (`factor`), nan, error, wrong (other scores), acl (ACL's `code`,
-blamed as the real backend would), oom (no memory: when the model is loaded, or at the `batch` it names).
+blamed as the real backend would), oom (no memory: when the model is loaded, or at the `batch` it names). Outputs are
+white noise; with ``"smooth": true`` those that are maps vary slowly, as a network's do.
 """
 
 from __future__ import annotations
