@@ -24,7 +24,7 @@ from workers.devices import LocalDevice, usable
 UNKNOWN_FPS = 10.0
 #: A device does about so many shards of a long job: what a shard costs beside its samples is spread over more of them,
 #: up to so many times the usual length.
-SHARDS_EACH, LONGEST = 16, 2.5
+SHARDS_EACH, LONGEST = 10, 2.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
