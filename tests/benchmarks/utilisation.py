@@ -70,6 +70,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.short:
         arguments.devices, arguments.seconds = 4, 3.0
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # users have their modules compiled
     spec = zoo.get(arguments.model)
     ideal = arguments.devices * spec.reference_fps[arguments.bs]
     samples = arguments.samples or int(ideal * arguments.seconds) // arguments.bs * arguments.bs
