@@ -271,7 +271,7 @@ def _processes(env: Mapping[str, str]) -> Iterator[tuple[str, psutil.Process]]:
         with suppress(psutil.Error):
             line = " ".join(process.cmdline())
             ours = process.environ().get("FARM_HOME") == env["FARM_HOME"] or env["FARM_HOME"] in line
-            if not (ours or "postgres" in line):  # of which there is one, where there is any
+            if not (ours or "postgres" in line or "valkey" in line):  # of which there is one, where there is any
                 continue
             yield next((kind for word, kind in KINDS.items() if word in line), "command"), process
 
