@@ -78,7 +78,7 @@ def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleRes
         return
     same, missing = (assignment.job.id, assignment.attempt_id), (None,) * _K
     conn.exec_driver_sql(
-        _insert(conn.dialect.paramstyle),
+        _in_words_of(conn.dialect.paramstyle),
         [
             (
                 *same,
@@ -99,7 +99,7 @@ def insert(conn: Connection, assignment: Assignment, samples: Sequence[SampleRes
 
 
 @cache
-def _insert(paramstyle: str) -> str:
+def _in_words_of(paramstyle: str) -> str:
     """A row, in the driver's own words: a shard has hundreds, and what SQLAlchemy does for each costs most of it."""
     columns = ("job_id", "attempt_id", "name", "state", "label", "rank", "reason", *_CLASSES, *_SCORES, "superseded")
     assert {column.name for column in tables.result.columns} == set(columns)
