@@ -7,7 +7,7 @@ import sys
 
 def main() -> None:
     gc.set_threshold(20_000)  # what imports leave is no garbage; looking through it takes a tenth of their time
-    # Nothing here multiplies matrices with numpy, and the threads it has for that spin while they wait for work.
+    # Next to nothing here multiplies matrices with numpy, whose threads for that spin while they wait for work.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         from farm import cli

@@ -48,7 +48,6 @@ def make_app(broker_url: str) -> Celery:
             "socket_timeout": 30,
             "socket_connect_timeout": 5,
             "health_check_interval": 25,
-            "polling_interval": 10,  # asks an empty queue so long before it asks anew; what comes is heard at once
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

@@ -63,8 +63,6 @@ T = TypeVar("T")
 
 #: Share of a host's memory that its devices' buffers may take.
 MOST_MEMORY = 0.75
-#: Between events for those who watch with Celery's tools; the farm has heartbeats of its own.
-HEARTBEAT_S = 5.0
 #: Batches before those that are timed, for the first ones allocate and compile.
 WARM_UP = 1
 
@@ -124,7 +122,6 @@ class DeviceWorker:
             without_gossip=True,
             without_mingle=True,
             task_events=True,
-            heartbeat_interval=HEARTBEAT_S,
             loglevel="WARNING",
             quiet=True,
         )

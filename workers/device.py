@@ -37,7 +37,7 @@ class DeviceProcess:
     def __init__(self, *backends: str) -> None:
         """`backends` are those that it will most likely need."""
         self._backends = backends
-        self._starter = ThreadPoolExecutor(1, "device-starter", schedule, (os.SCHED_OTHER,))
+        self._starter = ThreadPoolExecutor(1, "device-starter", schedule, (os.sched_getscheduler(0),))
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
         self._ready = False

@@ -281,7 +281,10 @@ class Pipeline:
         self.device.close()
         for thread in self._threads:
             thread.join(CLOSE_S)  # one that waited for a hanging device has been woken by its end
-        os.close(self._bell)
+        with self._lock:
+            bell, self._bell = self._bell, -1
+        if bell >= 0:  # only once: by then its number may be another's
+            os.close(bell)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -354,7 +357,9 @@ class Pipeline:
         run = batch.run
         run.open_batches -= 1
         if run.open_batches == 0:
+            began = perf_counter()
             self._take_rows(run, *run.reducer.rest())
+            run.post_ms += 1000 * (perf_counter() - began)
             run.ended.set()
             self._let_go(run)
 
@@ -488,6 +493,9 @@ class Pipeline:
                     done = self._receive(head_since)
                     head_since = monotonic()
             except Exception as exc:
+                if done is not None:  # it was finished before; the next process may be long in coming
+                    self._reduce(done)
+                    done = None
                 self._broken(exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
                 head_since = monotonic()
 

@@ -29,7 +29,7 @@ MANY = 64
 
 
 class Reducer(ABC):
-    """Makes rows of one run's outputs, which come in the order of its slots. Used from a single thread."""
+    """Makes rows of one run's outputs, which come in the order of its slots. Used by one thread at a time."""
 
     @abstractmethod
     def take(
