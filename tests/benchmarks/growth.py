@@ -28,19 +28,17 @@ from typing import Any
 
 import numpy as np
 import psutil
-from pydantic import TypeAdapter
 from rich.console import Console
-from sqlalchemy import Connection, insert, text, update
+from sqlalchemy import Connection, text, update
 
 from db import jobs, overview, shards, tables
 from db.engine import Database
-from farm import artifacts, zoo
 from farm.data import manifest, recipes
 from farm.data.manifest import Header, Sample
-from farm.jobs import Assignment, Budget, JobSpec, JobState, ResultState, SampleResult, ShardResult
+from farm.jobs import Assignment, Budget, JobState, ResultState, SampleResult, ShardResult
 from farm.reports import report, status
 from farm.settings import Settings
-from tests.benchmarks.many_jobs import _register
+from tests.benchmarks.many_jobs import register, write_job
 from tests.benchmarks.utilisation import FARM
 from tests.servers import Postgres
 
@@ -124,7 +122,7 @@ def _measure(home: Path, url: str, what: str, size: int, runs: int, postgres: Po
         database.ensure_schema()
         with database.write() as conn:
             for index in range(there):
-                _register(conn, database, index)
+                register(conn, database, index)
             job = _write_job(conn, database.now(conn), count, done, each, there)
         if not database.is_sqlite:  # it does so by itself, a moment later
             with database.write() as conn:
@@ -232,31 +230,7 @@ def _result(assignment: Assignment) -> ShardResult:
 
 def _write_job(conn: Connection, now: float, count: int, done: int, each: int, devices: int) -> int:
     """A job of `count` shards of so many samples `each`, the first ones done: in bulk, as no verb does."""
-    spec = JobSpec(
-        model="lvvit",
-        bs=min(each, 4),
-        artifact=artifacts.simulated(zoo.get("lvvit"), min(each, 4)),
-        dataset="imagenet",
-        recipe="lvvit",
-        dtype="float32",
-        manifest_digest="0" * 64,
-        samples=count * each,
-        provenance={},
-    )
-    job: int = conn.execute(
-        insert(tables.job)
-        .values(
-            state=JobState.RUNNING.value,
-            model=spec.model,
-            bs=spec.bs,
-            backend="simulated",
-            artifact_sha256=spec.artifact.sha256,
-            samples=spec.samples,
-            spec=TypeAdapter(JobSpec).dump_json(spec).decode(),
-            created=now - 1000,
-        )
-        .returning(tables.job.c.id)
-    ).scalar_one()
+    job = write_job(conn, now, JobState.RUNNING, bs=min(each, 4), samples=count * each)
     numbers = "WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i + 1 < :count) "
     for statement, values in (
         (

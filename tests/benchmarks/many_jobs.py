@@ -64,9 +64,9 @@ def _measure(home: Path, url: str, broker_url: str, count: int, runs: int) -> di
     database.ensure_schema()
     with database.write() as conn:
         for index in range(DEVICES):
-            _register(conn, database, index)
+            register(conn, database, index)
         for done in range(count):
-            _write_job(conn, database.now(conn), done=done % 2 == 0)
+            _write_shards(conn, database.now(conn), done=done % 2 == 0)
     with database.write() as conn:
         if not database.is_sqlite:  # rows were written with numbers of their own
             for table in ("shard", "attempt"):
@@ -136,7 +136,7 @@ def _p95(values: list[float]) -> float:
     return sorted(values)[max(0, round(0.95 * len(values)) - 1)]
 
 
-def _register(conn: Connection, database: Database, index: int) -> None:
+def register(conn: Connection, database: Database, index: int) -> None:
     registration = Registration(
         name=f"h:{index}",
         host="h",
@@ -151,23 +151,23 @@ def _register(conn: Connection, database: Database, index: int) -> None:
     devices.register(conn, database, registration, LEASE_S)
 
 
-def _write_job(conn: Connection, now: float, *, done: bool) -> None:
-    """In bulk, as no verb does."""
+def write_job(conn: Connection, now: float, state: JobState, *, bs: int, samples: int) -> int:
+    """A job's own row, without shards."""
     spec = JobSpec(
         model="lvvit",
-        bs=SAMPLES,
-        artifact=artifacts.simulated(zoo.get("lvvit"), SAMPLES),
+        bs=bs,
+        artifact=artifacts.simulated(zoo.get("lvvit"), bs),
         dataset="imagenet",
         recipe="lvvit",
         dtype="float32",
         manifest_digest="0" * 64,
-        samples=SHARDS * SAMPLES,
+        samples=samples,
         provenance={},
     )
-    job_id = conn.execute(
+    job_id: int = conn.execute(
         insert(tables.job)
         .values(
-            state=(JobState.DONE if done else JobState.PENDING).value,
+            state=state.value,
             model=spec.model,
             bs=spec.bs,
             backend="simulated",
@@ -175,10 +175,17 @@ def _write_job(conn: Connection, now: float, *, done: bool) -> None:
             samples=spec.samples,
             spec=TypeAdapter(JobSpec).dump_json(spec).decode(),
             created=now - 1000,
-            finished=now if done else None,
+            finished=now if state.is_final else None,
         )
         .returning(tables.job.c.id)
     ).scalar_one()
+    return job_id
+
+
+def _write_shards(conn: Connection, now: float, *, done: bool) -> None:
+    """A job in bulk, as no verb writes it."""
+    job_state = JobState.DONE if done else JobState.PENDING
+    job_id = write_job(conn, now, job_state, bs=SAMPLES, samples=SHARDS * SAMPLES)
     state = (ShardState.DONE if done else ShardState.PENDING).value
     base = job_id * SHARDS
     conn.execute(

@@ -225,6 +225,18 @@ def test_each_batch_has_its_times(pipeline: Pipeline, data: Data) -> None:
     assert all(h2d >= 1 and compute >= 2 and d2h >= 3 for h2d, compute, d2h in result.batch_ms)
 
 
+def test_the_budget_holds_the_classification_of_a_shards_last_samples(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(scores: Array, samples: Sequence[Sample]) -> tuple[list[SampleResult], list[Sample]]:
+        sleep(0.1)
+        return classify(scores, samples)
+
+    monkeypatch.setattr("workers.postprocess.classify", slow)
+
+    assert pipeline.run(plan_of(data)).budget.post_ms >= 100
+
+
 def test_the_budgets_device_time_is_that_of_its_batches(pipeline: Pipeline, data: Data) -> None:
     result = pipeline.run(plan_of(data, simulated(compute_ms=2)))
 
@@ -920,3 +932,14 @@ def test_a_canary_of_a_model_that_does_not_load_is_forgotten(pipeline: Pipeline,
         pipeline.run(plan)
 
     assert pipeline.answer() is None
+
+
+def test_closing_twice_closes_nothing_that_is_another_ones_by_then() -> None:
+    pipeline = Pipeline(deadline_s=60.0)
+    pipeline.close()
+    others = [os.open(os.devnull, os.O_RDONLY) for _ in range(32)]
+
+    pipeline.close()
+
+    for descriptor in others:
+        os.close(descriptor)  # OSError for one that is closed already
