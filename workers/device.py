@@ -1,24 +1,23 @@
 """
 The worker's end of a device process: start it, load a model, feed it, and SIGKILL it when it does not answer.
 
-Not thread-safe: the pipeline's device thread owns it. Children are started from one thread that stays, because the
-kernel ties their leash to the thread that started them.
+Not thread-safe but for `send`: the pipeline's device thread owns it. Children are started from one thread that stays,
+because the kernel ties their leash to the thread that started them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
-from time import monotonic
 from typing import Any
 
 from farm import errors
@@ -40,6 +39,7 @@ class DeviceProcess:
         self._starter = ThreadPoolExecutor(1, "device-starter", schedule, (os.sched_getscheduler(0),))
         self._process: subprocess.Popen[bytes] | None = None
         self._link: socket.socket | None = None
+        self._sending = threading.Lock()
         self._ready = False
         self.starts = 0
         self._closed = False
@@ -70,6 +70,7 @@ class DeviceProcess:
             raise self._crashed()
         message = {"op": "load", "load": asdict(load), "bytes": ring.nbytes}
         try:
+            ring.start()
             socket.send_fds(self._link, [json.dumps(message).encode()], [ring.fd])
         except OSError as exc:
             raise self._crashed() from exc
@@ -78,49 +79,51 @@ class DeviceProcess:
             self.kill()  # what failed half-way may leak, and a vendor's runtime comes up once a process
             raise _error(answer)
 
-    def send(self, batch: int, given: Buffer, wanted: Buffer) -> None:
-        """Have a batch run after those sent before. `DeviceCrashed` if nobody is there."""
-        message = {"op": "run", "batch": batch, "in": given.offset, "out": wanted.offset}
-        if self._link is None:
-            raise self._crashed()
-        try:
-            self._link.send(json.dumps(message).encode())
-        except OSError as exc:
-            raise self._crashed() from exc
-
-    def finished(self, deadline: float) -> tuple[int, Times]:
+    def send(self, group: int, batches: Sequence[tuple[Buffer, Buffer]]) -> None:
         """
-        The next finished batch: its number and times. `deadline` is in `time.monotonic` seconds.
+        Have batches run, from buffer to buffer, after those sent before. Any thread may.
 
-        Raises `DeviceHung` or `DeviceCrashed` (the process is gone then), or what the backend raised.
+        A process that is gone is `finished`'s to find.
         """
-        answer = self.receive(deadline - monotonic())
+        places = [(given.offset, wanted.offset) for given, wanted in batches]
+        message = json.dumps({"op": "run", "group": group, "batches": places}).encode()
+        with self._sending, suppress(OSError):
+            if self._link is not None:
+                self._link.send(message)
+
+    def finished(self, timeout_s: float) -> tuple[int, list[Times]] | None:
+        """
+        The next finished group: its number and its batches' times; None if there is none for so long.
+
+        Raises `DeviceCrashed` (the process is gone then), or what the backend raised.
+        """
+        answer = self._hear(timeout_s)
+        if answer is None:
+            return None
         if answer["op"] == "error":
             raise _error(answer)
-        return answer["batch"], Times(*answer["ms"])
+        return answer["group"], [Times(*times) for times in answer["ms"]]
 
-    def rung(self, bell: int, deadline: float) -> bool:
-        """Wait until there is something for `finished`, or the bell, an eventfd, is rung; whether it was that alone."""
-        link = self._link
-        if link is None or link.fileno() < 0:  # closed meanwhile: `finished` says so
-            return False
-        both = select.poll()
-        both.register(link, select.POLLIN)
-        both.register(bell, select.POLLIN)
-        heard = [descriptor for descriptor, _ in both.poll(max(0.0, 1000 * (deadline - monotonic())))]
-        if bell in heard:
-            os.eventfd_read(bell)
-        return heard == [bell]
+    def hung(self, patience_s: float) -> DeviceHung:
+        """The error of a device that did not answer for so long; its process is gone then."""
+        self.kill()
+        return DeviceHung(f"no answer within {patience_s:.1f} s; its process was killed")
 
     def receive(self, timeout_s: float) -> Mapping[str, Any]:
+        """What the process says next. `DeviceHung` if that is nothing for so long, `DeviceCrashed` if it is gone."""
+        message = self._hear(timeout_s)
+        if message is None:
+            raise self.hung(timeout_s)
+        return message
+
+    def _hear(self, timeout_s: float) -> Mapping[str, Any] | None:
         if self._link is None:
             raise self._crashed()
         self._link.settimeout(max(timeout_s, 0.001))
         try:
             data = self._link.recv(MESSAGE_BYTES)
-        except TimeoutError as exc:
-            self.kill()
-            raise DeviceHung(f"no answer within {max(timeout_s, 0):.1f} s; its process was killed") from exc
+        except TimeoutError:
+            return None
         except OSError as exc:
             raise self._crashed() from exc
         if not data:
@@ -130,11 +133,9 @@ class DeviceProcess:
 
     def kill(self) -> None:
         """End the process with SIGKILL. `DeviceError` if the kernel cannot end it (state D): the device is stuck."""
-        process, link = self._process, self._link
-        self._process = self._link = None
+        process, self._process = self._process, None
         self._ready = False
-        if link is not None:
-            link.close()
+        self._hang_up()
         if process is None:
             return
         process.kill()
@@ -148,12 +149,17 @@ class DeviceProcess:
         """End the process, gently if it listens, for good."""
         self._closed = True
         if self._link is not None and self._process is not None:
-            self._link.close()
-            self._link = None
+            self._hang_up()
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(2)
         self.kill()
         self._starter.shutdown()
+
+    def _hang_up(self) -> None:
+        with self._sending:  # else a message might reach what gets this descriptor's number next
+            link, self._link = self._link, None
+        if link is not None:
+            link.close()
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

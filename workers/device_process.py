@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,11 +65,11 @@ def _serve(link: socket.socket) -> None:
                 model = _Model(message["load"], fds[0], message["bytes"])
                 _send(link, {"op": "loaded"})
             elif model is not None:
-                times = model.run(message["in"], message["out"])
-                _send(link, {"op": "done", "batch": message["batch"], "ms": times})
+                times = [model.run(*places) for places in message["batches"]]
+                _send(link, {"op": "done", "group": message["group"], "ms": times})
         except FarmError as exc:
             answer = "refused" if message["op"] == "load" else "error"
-            _send(link, {"op": answer, "error": type(exc).__name__, "text": str(exc), "batch": message.get("batch")})
+            _send(link, {"op": answer, "error": type(exc).__name__, "text": str(exc)})
     if model is not None:
         model.close()
 
@@ -79,6 +80,7 @@ class _Model:
     def __init__(self, load: Mapping[str, Any], ring_fd: int, ring_bytes: int) -> None:
         from workers.backends import open_backend
         from workers.backends.base import Load, TensorSpec
+        from workers.ring import progress
 
         try:
             self._ring = mmap.mmap(ring_fd, ring_bytes)
@@ -88,6 +90,7 @@ class _Model:
             TensorSpec(**{**load[role], "shape": tuple(load[role]["shape"])}) for role in ("input", "output")
         )
         self._backend = open_backend(Load(**{**load, "input": self._input, "output": self._output}))
+        self._progress = progress(self._ring)
         self._views: dict[tuple[int, int], tuple[Any, Any]] = {}  #: by offsets: the ring's buffers come again and again
 
     def run(self, input_offset: int, output_offset: int) -> tuple[float, float, float]:
@@ -99,7 +102,9 @@ class _Model:
                 view(self._ring, input_offset, self._input),
                 view(self._ring, output_offset, self._output),
             )
-        return self._backend.infer(*self._views[where])
+        times = self._backend.infer(*self._views[where])
+        self._progress[:] = self._progress[0] + 1, time.monotonic()
+        return times
 
     def close(self) -> None:
         self._backend.close()

@@ -1,9 +1,10 @@
 """
 Reader, device and post-processing at once, over one ring.
 
-Three threads pass batches on: the reader fills input buffers, the device thread keeps two batches at the device
-process, post-processing turns outputs into rows. A thread that wakes up costs more than what it then does with a small
-batch, so the reader fills two buffers at a time, and the device thread itself turns small outputs into rows.
+Three threads pass groups of batches on: the reader fills input buffers, the device thread keeps two groups at the
+device process, post-processing turns outputs into rows. A thread that wakes up costs more than what it then does with
+a small batch, so batches of small outputs go in groups of about a quarter of a second, which the device process
+answers as one, and the device thread itself turns such outputs into rows.
 
 `run` evaluates one shard; `read_ahead` lets the next shard's batches follow without a gap while the first is being
 committed. A batch that breaks the device process breaks its own shard only: the others' batches are sent again to the
@@ -19,7 +20,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from time import monotonic, perf_counter
 
@@ -35,14 +36,14 @@ from workers.canary import EVERY, Deaf, Listener, samples
 from workers.device import DeviceProcess, schedule
 from workers.postprocess import Reducer, Slot, reducer_of
 from workers.reader import read_bin
-from workers.ring import Buffer, Ring
+from workers.ring import SMALL, Buffer, Ring
 
-#: Batches at the device process: one running, one waiting.
+#: Groups at the device process: one running, one waiting.
 DEPTH = 2
-#: Input buffers that are filled one after another once so many are free.
+#: Device time of a group: long beside a wake-up, short beside a shard, a lease and what a closing worker has.
+GROUP_MS = 250.0
+#: The reader is not woken to fill less than so many buffers, if there is more to be read.
 AT_ONCE = 2
-#: Outputs of a batch, in bytes, that the device thread may turn into rows while the device does the next one.
-SMALL = 1 << 20
 #: A batch may take so many times the usual, and never less than the configured deadline.
 PATIENCE = 20.0
 #: The first batch after a load may compile, allocate and warm up.
@@ -88,6 +89,7 @@ class _Run:
     plan: Plan
     reducer: Reducer
     logits: Writer | None
+    is_small: bool  #: the device thread may turn its outputs into rows while the device does the next batches
     rows: dict[str, SampleResult] = field(default_factory=dict)
     batch_ms: list[Times] = field(default_factory=list)
     read_ms: float = 0.0
@@ -145,6 +147,10 @@ class _Batch:
         return ", ".join(dict.fromkeys(self.slots[place].sample.name for place in self.active))
 
 
+#: Batches of one run that go to the device together.
+_Group = Sequence[_Batch]
+
+
 class Pipeline:
     """The threads and the ring of one device. `run` and `read_ahead` are for one caller thread."""
 
@@ -160,19 +166,20 @@ class Pipeline:
         self._ring: Ring | None = None
         self._runs: dict[int, _Run] = {}
         self._todo: deque[_Batch] = deque()
-        self._ready: deque[_Batch] = deque()
-        self._sent: deque[_Batch] = deque()
-        self._done: deque[_Batch] = deque()
+        self._ready: deque[_Group] = deque()
+        self._sent: deque[_Group] = deque()
+        self._done: deque[_Group] = deque()
         self._free_in: list[Buffer] = []
         self._free_out: list[Buffer] = []
-        self._in_hand = 0  #: batches that a thread works on outside the lock
+        self._in_hand = 0  #: groups that a thread works on outside the lock
         self._recent_ms: deque[float] = deque(maxlen=32)
+        self._usual_ms = 0.0  #: their median; 0 while there are none
+        self._answered = 0  #: batches that this device process has answered
+        self._since = 0.0  #: when the device got the group it works on
         self._asked = 0  #: canaries
         self._question: _Run | None = None  #: the last of them, until its answer is taken
         self._since_canary: int | None = None  #: batches; None before the first of a loaded model
         self._closing = False
-        self._listening = False  #: the device thread waits for the device, which could have another batch
-        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._threads = [
             threading.Thread(target=self._guard, args=(work,), name=name, daemon=True)
             for name, work in (("reader", self._read), ("device", self._drive), ("post", self._post))
@@ -281,10 +288,6 @@ class Pipeline:
         self.device.close()
         for thread in self._threads:
             thread.join(CLOSE_S)  # one that waited for a hanging device has been woken by its end
-        with self._lock:
-            bell, self._bell = self._bell, -1
-        if bell >= 0:  # only once: by then its number may be another's
-            os.close(bell)
         if self._ring is not None:
             self._ring.close()
             self._ring = None
@@ -301,7 +304,9 @@ class Pipeline:
             reducer = reducer_of(plan.dataset, plan.directory, self._threads_for_post)
         else:
             reducer = Listener(plan.load.path, plan.canary)
-        run = self._runs[plan.attempt_id] = _Run(plan, reducer, Writer(plan.logits) if plan.logits else None)
+        is_small = plan.logits is None and plan.load.output.nbytes <= SMALL
+        run = _Run(plan, reducer, Writer(plan.logits) if plan.logits else None, is_small)
+        self._runs[plan.attempt_id] = run
         if self._closing:
             self._fail(run, Aborted("the worker is leaving"))
             return run
@@ -326,11 +331,10 @@ class Pipeline:
         if run.logits:
             run.logits.discard()
         self._todo = deque(b for b in self._todo if b.run is not run)
-        for batch in [b for b in self._ready if b.run is run]:
-            self._ready.remove(batch)
-            self._release(batch)
-        for batch in run.holding:
-            self._release(batch)
+        for group in [g for g in self._ready if g[0].run is run]:
+            self._ready.remove(group)
+            self._release(group)
+        self._release(run.holding)
         run.holding = []
         self._stir()
 
@@ -346,16 +350,21 @@ class Pipeline:
         if run is self._question:
             self._question = None
 
-    def _release(self, batch: _Batch) -> None:
-        if batch.given is not None:
-            self._free_in.append(batch.given)
-        if batch.wanted is not None:
-            self._free_out.append(batch.wanted)
-        batch.given = batch.wanted = None
+    def _release(self, group: _Group) -> None:
+        self._free_inputs(group)
+        for batch in group:
+            if batch.wanted is not None:
+                self._free_out.append(batch.wanted)
+                batch.wanted = None
 
-    def _finish(self, batch: _Batch) -> None:
-        run = batch.run
-        run.open_batches -= 1
+    def _free_inputs(self, group: _Group) -> None:
+        for batch in group:
+            if batch.given is not None:
+                self._free_in.append(batch.given)
+                batch.given = None
+
+    def _finish(self, run: _Run, batches: int = 1) -> None:
+        run.open_batches -= batches
         if run.open_batches == 0:
             began = perf_counter()
             self._take_rows(run, *run.reducer.rest())
@@ -374,7 +383,9 @@ class Pipeline:
             self._fail(run, NonFinite(f"scores of {names} are not finite numbers"))
 
     def _stir(self) -> None:
-        """Wake the threads that have something to do now, and no others."""
+        """Send what can be sent, and wake the threads that have something to do now, and no others."""
+        while self._sendable():
+            self._send()
         for condition, is_due in (
             (self._to_read, self._readable),
             (self._to_drive, self._drivable),
@@ -382,8 +393,6 @@ class Pipeline:
         ):
             if is_due():
                 condition.notify()
-        if self._listening and self._sendable():
-            os.eventfd_write(self._bell, 1)
 
     # -- the threads ---------------------------------------------------------------------------------------------
 
@@ -407,29 +416,33 @@ class Pipeline:
                     self._to_read.wait_for(self._readable)
                 if self._closing:
                     return
-                batch = self._todo.popleft()
-                batch.given = self._free_in.pop()
+                group = [self._todo.popleft() for _ in range(self._next_group())]
+                for batch in group:
+                    batch.given = self._free_in.pop()
                 self._in_hand += 1
             began = perf_counter()
             try:
-                self._fill(batch)
+                for batch in group:
+                    self._fill(batch)
             except BaseException:
                 with self._lock:
                     self._in_hand -= 1
-                    self._release(batch)
+                    self._release(group)
                     self._stir()
                 raise
-            with self._lock:  # at once out of hand and in a queue: a batch that is nowhere lets the model be switched
+            with self._lock:  # at once out of hand and in a queue: what is nowhere lets the model be switched
                 self._in_hand -= 1
-                batch.run.read_ms += 1000 * (perf_counter() - began)
-                batch.ready_at = monotonic()
-                if batch.run.error is not None:
-                    self._release(batch)
-                elif batch.active:
-                    self._ready.append(batch)
-                else:
-                    self._release(batch)
-                    self._finish(batch)
+                run = group[0].run
+                run.read_ms += 1000 * (perf_counter() - began)
+                usable = [batch for batch in group if batch.active and run.error is None]
+                empty = [batch for batch in group if batch not in usable]
+                self._release(empty)
+                if usable:
+                    self._ready.append(usable)
+                    for batch in usable:
+                        batch.ready_at = monotonic()
+                if empty and run.error is None:
+                    self._finish(run, len(empty))
                 self._stir()
 
     def _readable(self, *, going_on: bool = False) -> bool:
@@ -439,8 +452,18 @@ class Pipeline:
         plan = self._todo[0].run.plan
         # Parts of a batch that broke come after what was read ahead: where order matters, nothing is.
         clear = not (plan.isolating and (self._ready or self._sent or self._done or self._in_hand))
-        enough = 1 if going_on else min(AT_ONCE, len(self._todo))
+        group = self._next_group()
+        enough = group if going_on else max(group, min(AT_ONCE, len(self._todo)))
         return self._load == plan.load and len(self._free_in) >= enough and clear
+
+    def _next_group(self) -> int:
+        """How many of the batches to be read are read, sent and answered together."""
+        run = self._todo[0].run
+        waits = not (self._ready or self._sent)  # the device, for whatever comes first
+        if waits or not self._usual_ms or not run.is_small or run.plan.isolating or self._ring is None:
+            return 1
+        most = max(1, min(int(GROUP_MS / self._usual_ms), len(self._ring.inputs) // DEPTH))
+        return sum(1 for batch in islice(self._todo, most) if batch.run is run)
 
     def _fill(self, batch: _Batch) -> None:
         assert batch.given is not None
@@ -464,100 +487,95 @@ class Pipeline:
             array[place] = 0
 
     def _drive(self) -> None:
-        head_since = monotonic()
-        done: _Batch | None = None  #: small, and to be reduced here
         while True:
             with self._lock:
-                if done is None:
-                    self._to_drive.wait_for(self._drivable)
-                if self._closing and not self._sent and done is None:
+                self._to_drive.wait_for(self._drivable)
+                if self._closing and not self._sent:
                     return
                 wanted = self._todo[0].run if self._loadable() else None
                 if wanted is not None:  # until the switch is over, no buffer is filled and no batch sent
                     self._load = None
                     self._free_in, self._free_out = [], []
-                batch = self._take_ready() if wanted is None and self._sendable() else None
-                self._listening = wanted is None and batch is None and done is None and len(self._sent) < DEPTH
-            if batch is None and done is not None:  # after the device has its next one
-                self._reduce(done)
-                done = None
-                continue
+            done: _Group | None = None
             try:
                 if wanted is not None:
                     self._switch(wanted)
-                elif batch is not None:
-                    if len(self._sent) == 1:
-                        head_since = monotonic()
-                    self._send(batch)
-                elif not self._is_called(head_since):
-                    done = self._receive(head_since)
-                    head_since = monotonic()
+                else:
+                    done = self._receive()
             except Exception as exc:
-                if done is not None:  # it was finished before; the next process may be long in coming
-                    self._reduce(done)
-                    done = None
                 self._broken(exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
-                head_since = monotonic()
+            if done is not None:
+                self._reduce(done)
 
     def _drivable(self) -> bool:
-        return self._closing or bool(self._sent) or self._sendable() or self._loadable()
+        return self._closing or bool(self._sent) or self._loadable()
 
     def _sendable(self) -> bool:
-        if self._closing or not (self._ready and self._free_out) or len(self._sent) >= DEPTH:
+        if self._closing or not self._ready or len(self._sent) >= DEPTH:
             return False
-        return self._ready[0].run.plan.load == self._load
+        group = self._ready[0]
+        return len(self._free_out) >= len(group) and group[0].run.plan.load == self._load
 
     def _loadable(self) -> bool:
         idle = not (self._ready or self._sent or self._done or self._in_hand)
         return bool(self._todo) and idle and self._load != self._todo[0].run.plan.load and not self._closing
 
-    def _take_ready(self) -> _Batch:
-        batch = self._ready.popleft()
-        batch.wanted = self._free_out.pop()
-        self._sent.append(batch)
-        return batch
+    def _send(self) -> None:
+        """Give the device the next group. Whoever makes that possible does it: to wake another thread takes longer."""
+        group = self._ready.popleft()
+        if not self._sent:
+            self._since = monotonic()
+        self._sent.append(group)
+        for batch in group:
+            batch.wanted = self._free_out.pop()
+        self.device.send(id(group), [(batch.given, batch.wanted) for batch in group if batch.given and batch.wanted])
 
-    def _send(self, batch: _Batch) -> None:
-        assert batch.given is not None
-        assert batch.wanted is not None
-        self.device.send(id(batch), batch.given, batch.wanted)
-
-    def _is_called(self, head_since: float) -> bool:
-        """Whether something can be sent before the device is done; waits for the one or the other."""
-        return self._listening and self.device.rung(self._bell, head_since + self._patience())
-
-    def _receive(self, head_since: float) -> _Batch | None:
-        """Take in the next finished batch; the answer is one that post-processing was not given."""
-        number, times = self.device.finished(head_since + self._patience())
+    def _receive(self) -> _Group | None:
+        """Take in the next finished group; the answer is one that is to be reduced by who asks."""
+        answer = None
+        while answer is None:
+            patience = self._patience()
+            answer = self.device.finished(self._got_on() + patience - monotonic())
+            if answer is None and monotonic() >= self._got_on() + patience:
+                raise self.device.hung(patience)
+        number, batch_times = answer
         with self._lock:
-            if id(self._sent[0]) != number:
+            group = self._sent[0]
+            if id(group) != number or len(group) != len(batch_times):
                 raise DeviceError("the device process answered out of turn")
-            batch = self._sent.popleft()
-            run, device_ms = batch.run, sum(times)
-            self._recent_ms.append(device_ms)
+            self._sent.popleft()
+            self._since = monotonic()
+            self._answered += len(group)
+            run, began_ms = group[0].run, 1000 * self._since
+            for batch, times in zip(reversed(group), reversed(batch_times), strict=True):
+                began_ms -= sum(times)
+                run.wait_ms += max(0.0, began_ms - 1000 * batch.ready_at)
+            run.batch_ms += batch_times
+            self._recent_ms.extend(map(sum, batch_times))
+            self._usual_ms = statistics.median(self._recent_ms)
             if run.plan.canary is not None:
                 self._since_canary = 0
             elif self._since_canary is not None:
-                self._since_canary += 1
-            run.batch_ms.append(times)
-            run.wait_ms += max(0.0, 1000 * (monotonic() - batch.ready_at) - device_ms)
-            if batch.given is not None:
-                self._free_in.append(batch.given)
-                batch.given = None
-            is_small = run.logits is None and batch.wanted is not None and batch.wanted.array.nbytes <= SMALL
-            if is_small:
+                self._since_canary += len(group)
+            if run.is_small:
                 self._in_hand += 1
-            else:
-                self._done.append(batch)
+                return group  # its inputs are free after that: the reader would be in the way
+            self._free_inputs(group)
+            self._done.append(group)
             self._stir()
-        return batch if is_small else None
+        return None
+
+    def _got_on(self) -> float:
+        """When the device began with what it works on, as far as is known."""
+        return max(self._since, self._ring.done_at if self._ring else 0.0)
 
     def _patience(self) -> float:
+        """Seconds that a batch may take."""
         if not self._recent_ms:
             return self._deadline_s * FIRST_PATIENCE
         if PATIENCE * max(self._recent_ms) / 1000 <= self._deadline_s:  # as usual, and then quicker to see
             return self._deadline_s
-        return max(self._deadline_s, PATIENCE * statistics.median(self._recent_ms) / 1000)
+        return max(self._deadline_s, PATIENCE * self._usual_ms / 1000)
 
     def _switch(self, run: _Run) -> None:
         """Load the model of the next batch; nothing is under way."""
@@ -579,31 +597,38 @@ class Pipeline:
                 self._ring.close()
             self._ring, self._load = ring, run.plan.load
             self._free_in, self._free_out = list(ring.inputs), list(ring.outputs)
-            self._recent_ms.clear()
-            self._since_canary = None
+            self._begin_anew()
             run.load_ms += 1000 * (perf_counter() - began)
             self._stir()
+
+    def _begin_anew(self) -> None:
+        """What is known of a device process that has just loaded the model: nothing."""
+        self._recent_ms.clear()
+        self._usual_ms = 0.0
+        self._answered = 0
+        self._since_canary = None
 
     def _broken(self, error: FarmError) -> None:
         """Blame the batch that was on the device; give the others to the next process."""
         log.warning("device process %s: %s", self.device.pid, error)
         process_ended = isinstance(error, (DeviceCrashed, DeviceHung))
         with self._lock:
-            culprit = self._sent.popleft() if self._sent else None
-            if culprit is not None:
-                self._blame(culprit, error, process_ended)
-            survivors = list(self._sent)
+            load, ring, groups = self._load, self._ring, list(self._sent)
+            self._load = None  # nothing is sent to a process that is about to go
             self._sent.clear()
-            for batch in survivors:
+            sent = list(chain(*groups))
+            culprit = sent[min(ring.done - self._answered, len(sent) - 1)] if sent and ring else None
+            for batch in sent:
                 if batch.wanted is not None:
                     self._free_out.append(batch.wanted)
                     batch.wanted = None
-            for batch in reversed(survivors):
-                if batch.run.error is None:
-                    self._ready.appendleft(batch)
+            if culprit is not None:
+                self._blame(culprit, error, process_ended)
+            for group in reversed(groups):
+                if culprit in group or group[0].run.error is not None:
+                    self._release(group)
                 else:
-                    self._release(batch)
-            load, ring = self._load, self._ring
+                    self._ready.appendleft(group)
             self._stir()
         if load is None or ring is None or self._closing:
             return
@@ -612,16 +637,15 @@ class Pipeline:
                 self.device.kill()  # what it was sent after the failed batch must not answer later
             self.device.load(load, ring)
             with self._lock:
-                self._recent_ms.clear()
-                self._since_canary = None
+                self._load = load
+                self._begin_anew()
+                self._stir()
         except Exception as exc:
             with self._lock:
-                self._load = None
                 self._fail_all(exc)
 
     def _blame(self, batch: _Batch, error: FarmError, process_ended: bool) -> None:
         run = batch.run
-        self._release(batch)
         if run.error is not None:
             return
         if not (run.plan.isolating and (process_ended or isinstance(error, DataError))):
@@ -630,7 +654,7 @@ class Pipeline:
             sample = batch.slots[batch.active[0]].sample
             run.broke[sample.name] = str(error)
             run.fail_sample(sample, f"breaks the device process: {error}")
-            self._finish(batch)
+            self._finish(run)
         else:
             half = len(batch.active) // 2
             parts = [_Batch(run, batch.slots, part) for part in (batch.active[:half], batch.active[half:])]
@@ -644,43 +668,48 @@ class Pipeline:
                 self._to_post.wait_for(self._reducible)
                 if self._closing:
                     return
-                batch = self._done.popleft()
+                group = self._done.popleft()
                 self._in_hand += 1
-            self._reduce(batch)
+            self._reduce(group)
 
     def _reducible(self) -> bool:
         return self._closing or bool(self._done)
 
-    def _reduce(self, batch: _Batch) -> None:
+    def _reduce(self, group: _Group) -> None:
         began = perf_counter()
-        assert batch.wanted is not None
-        run, slots, outputs = batch.run, [batch.slots[place] for place in batch.active], batch.wanted.array
+        run = group[0].run
         rows: list[SampleResult] = []
         bad: list[Sample] = []
         refused: HostError | None = None
         try:
-            if run.logits and run.error is None:
-                filled = zip(slots, batch.active, strict=True)
-                run.logits.append((slot.sample, slot.part, outputs[place]) for slot, place in filled)
-            rows, bad = run.reducer.take(outputs, batch.active, slots, run.failed)
+            for batch in group:
+                assert batch.wanted is not None
+                slots, outputs = [batch.slots[place] for place in batch.active], batch.wanted.array
+                if run.logits and run.error is None:
+                    filled = zip(slots, batch.active, strict=True)
+                    run.logits.append((slot.sample, slot.part, outputs[place]) for slot, place in filled)
+                some_rows, some_bad = run.reducer.take(outputs, batch.active, slots, run.failed)
+                rows += some_rows
+                bad += some_bad
         except HostError as exc:  # of the disk: the others may have nothing to keep
             refused = exc
         except BaseException:
             with self._lock:
                 self._in_hand -= 1
-                self._release(batch)
+                self._release(group)
                 self._stir()
             raise
         with self._lock:
             self._in_hand -= 1
             run.post_ms += 1000 * (perf_counter() - began)
-            run.holding.append(batch)
+            run.holding += group
+            self._free_inputs(group)
             self._let_go(run)
             self._take_rows(run, rows, bad)
             if refused is not None:
                 self._fail(run, refused)
             if run.error is None:
-                self._finish(batch)
+                self._finish(run, len(group))
             self._stir()
 
     def _let_go(self, run: _Run) -> None:
@@ -690,4 +719,4 @@ class Pipeline:
             assert batch.wanted is not None
             if not any(np.may_share_memory(part, batch.wanted.array) for part in needed):
                 run.holding.remove(batch)
-                self._release(batch)
+                self._release([batch])

@@ -748,9 +748,11 @@ def test_a_device_process_outlives_the_thread_that_asked_for_it() -> None:
         asking.start()
         asking.join()
 
-        device.send(7, ring.inputs[0], ring.outputs[0])
+        device.send(7, [(ring.inputs[0], ring.outputs[0])])
 
-        assert device.finished(monotonic() + 60)[0] == 7
+        answer = device.finished(60)
+        assert answer is not None
+        assert answer[0] == 7
     ring.close()
 
 
