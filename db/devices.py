@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, case, or_, select, true, update
+from sqlalchemy import Connection, Row, bindparam, case, or_, select, update
 
 from db import events, tables
 from db.engine import Database, locks_rows
@@ -29,6 +29,14 @@ _MINE = select(tables.attempt.c.id).where(
 )
 
 _QUARANTINED = DeviceState.QUARANTINED.value
+_ALL = select(tables.device).order_by(tables.device.c.host, tables.device.c.idx)
+_SOME = _ALL.where(tables.device.c.name.in_(bindparam("names", expanding=True)))
+_BLAMED = or_(tables.device.c.strikes > 0, tables.device.c.quarantines > 0)
+_CLEAR = (
+    update(tables.device)
+    .where(tables.device.c.name == bindparam("me"), tables.device.c.state == DeviceState.UP.value, _BLAMED)
+    .values(strikes=0, quarantines=0)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,9 +188,7 @@ def get(conn: Connection, name: str) -> Device | None:
 
 def everything(conn: Connection, only: Collection[str] | None = None) -> list[Device]:
     """All devices, or `only` those with these names."""
-    device = tables.device.c
-    wanted = true() if only is None else device.name.in_(only)
-    rows = conn.execute(select(tables.device).where(wanted).order_by(device.host, device.idx))
+    rows = conn.execute(_ALL) if only is None else conn.execute(_SOME, {"names": list(only)})
     return [_record(row) for row in rows]
 
 
@@ -253,13 +259,7 @@ def set_drained(conn: Connection, database: Database, names: Collection[str], dr
 
 def clear_strikes(conn: Connection, name: str) -> None:
     """A device did what it was asked to."""
-    device = tables.device.c
-    bad = or_(device.strikes > 0, device.quarantines > 0)
-    conn.execute(
-        update(tables.device)
-        .where(device.name == name, device.state == DeviceState.UP.value, bad)
-        .values(strikes=0, quarantines=0)
-    )
+    conn.execute(_CLEAR, {"me": name})
 
 
 def matching(devices: Collection[Device], artifact: Artifact, only: Collection[str]) -> list[Device]:

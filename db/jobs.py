@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -137,15 +138,25 @@ def has_pending() -> ColumnElement[bool]:
     return select(shard.id).where(shard.job_id == tables.job.c.id, shard.state == ShardState.PENDING.value).exists()
 
 
-def suits(device: Device) -> ColumnElement[bool]:
-    """Of a job in a query: whether a device may serve it: backend, chip, choice of devices, what its host holds."""
+def suits() -> ColumnElement[bool]:
+    """
+    Of a job in a query: whether a device may serve it: backend, chip, choice of devices, what its host holds.
+
+    Which device, `suiting` tells the query.
+    """
     job, unfit = tables.job.c, tables.unfit.c
     return and_(
-        job.backend.in_(device.backends),
-        job.soc.in_(["", device.soc]),
-        or_(job.devices == "", job.devices.contains(f",{device.name},", autoescape=True)),
-        ~select(unfit.host).where(unfit.job_id == job.id, unfit.host == device.host).exists(),
+        job.backend.in_(bindparam("backends", expanding=True)),
+        job.soc.in_(["", bindparam("soc")]),
+        or_(job.devices == "", job.devices.like(bindparam("named"), escape="/")),
+        ~select(unfit.host).where(unfit.job_id == job.id, unfit.host == bindparam("host")).exists(),
     )
+
+
+def suiting(device: Device) -> Mapping[str, Any]:
+    """Parameters of a query that asks what `suits` a device."""
+    name = re.sub(r"[/%_]", r"/\g<0>", device.name)
+    return {"backends": device.backends, "soc": device.soc, "named": f"%,{name},%", "host": device.host}
 
 
 def unfit_hosts(conn: Connection, job_id: int | None = None) -> list[Unfit]:

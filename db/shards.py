@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -93,11 +93,45 @@ _WAITING = (
     .order_by(tables.job.c.priority.desc(), tables.job.c.id)
     .limit(MOST_JOBS)
 )
+_FITTING = _WAITING.where(jobs.suits())
 _WON = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
 _WON = _WON.where(a.state == AttemptState.WON.value).order_by(a.id.desc())
 _LATEST_OF_DEVICE = _WON.where(a.device == bindparam("device")).limit(4)
 _LATEST_OF_JOB = _WON.where(a.job_id == bindparam("job")).limit(32)
 _HELD = select(func.count()).where(a.device == bindparam("device"), a.state.in_(_LIVE))
+#: Of one attempt: it is this incarnation's of this device, which is to take it up.
+_OWN = and_(a.device == bindparam("me"), a.incarnation == bindparam("mine"))
+_TO_START = and_(_OWN, a.state == AttemptState.ASSIGNED.value)
+_TO_START_AGAIN = and_(_OWN, a.state.in_([AttemptState.ASSIGNED.value, AttemptState.RUNNING.value]))
+_STARTS = {
+    again: update(tables.attempt)
+    .where(a.id == bindparam("attempt"), mine)
+    .values(state=AttemptState.RUNNING.value, started=bindparam("now"))
+    for again, mine in ((False, _TO_START), (True, _TO_START_AGAIN))
+}
+_STARTED = _ASSIGNED.where(or_(a.id == bindparam("attempt"), _TO_START))
+_RUNS = (
+    update(tables.shard)
+    .where(s.id == bindparam("shard"), s.state == ShardState.ASSIGNED.value)
+    .values(state=ShardState.RUNNING.value)
+)
+_WIN = (
+    update(tables.attempt)
+    .where(a.id == bindparam("attempt"), a.state == AttemptState.RUNNING.value, _OWN)
+    .values(state=AttemptState.WON.value)
+)
+_DONE = (
+    update(tables.shard)
+    .where(s.id == bindparam("shard"), s.state.in_([state.value for state in jobs.UNFINISHED]))
+    .values(state=ShardState.DONE.value, winner=bindparam("attempt"))
+)
+_BEATEN = (
+    update(tables.attempt)
+    .where(a.shard_id == bindparam("shard"), a.state.in_(_LIVE))
+    .values(state=AttemptState.LOST.value, ended=bindparam("now"), reason="another attempt was faster")
+)
+_GIVEN = update(tables.shard).where(s.id == bindparam("shard")).values(state=ShardState.ASSIGNED.value)
+_NEW = insert(tables.attempt).returning(a.id)
 _TRIES = select(a.no, a.failure).where(a.shard_id == bindparam("shard")).order_by(a.no)
 
 
@@ -212,11 +246,13 @@ def _next_pending(conn: Connection, database: Database, device: Device, lease_s:
 
 def _may_try(conn: Connection, shard: _Pending, device: Device) -> bool:
     """Whether a device serves a shard's job and has not failed at the shard."""
-    suited = select(tables.job.c.id).where(tables.job.c.id == shard.job_id, jobs.suits(device))
+    suited = select(tables.job.c.id).where(tables.job.c.id == shard.job_id, jobs.suits())
     failed = select(a.id).join(tables.device, d.name == a.device)
     failed = failed.where(a.shard_id == shard.id, a.no > shard.since, _FAILED_FOR)
     there = {"name": device.name, "host": device.host}
-    return conn.execute(suited).first() is not None and conn.execute(failed, there).first() is None
+    return (
+        conn.execute(suited, jobs.suiting(device)).first() is not None and conn.execute(failed, there).first() is None
+    )
 
 
 def _turns(conn: Connection, device: Device) -> list[int]:
@@ -227,7 +263,7 @@ def _turns(conn: Connection, device: Device) -> list[int]:
     while that job holds no more of the farm than others do; and on its own it gives way to a job that nobody serves.
     Of those submitted together, each waits until the one before has nothing pending.
     """
-    found = conn.execute(_WAITING.where(jobs.suits(device))).all()
+    found = conn.execute(_FITTING, jobs.suiting(device)).all()
     firsts: dict[int, Any] = {}
     for row in found:
         firsts.setdefault(row.submission, row)
@@ -255,22 +291,21 @@ def _attempt(conn: Connection, now: float, row: _Pending, device: Device, *, sec
     past = [each.failure for each in tries if each.no > row.since]
     isolating = sum(failure in _BREAKING for failure in past) >= ISOLATE_AFTER
     attempt_id = conn.execute(
-        insert(tables.attempt)
-        .values(
-            job_id=job.id,
-            shard_id=row.id,
-            no=number,
-            device=device.name,
-            incarnation=device.incarnation,
-            state=AttemptState.ASSIGNED.value,
-            isolating=isolating,
-            assigned=now,
-            rung=now,
-        )
-        .returning(a.id)
+        _NEW,
+        {
+            "job_id": job.id,
+            "shard_id": row.id,
+            "no": number,
+            "device": device.name,
+            "incarnation": device.incarnation,
+            "state": AttemptState.ASSIGNED.value,
+            "isolating": isolating,
+            "assigned": now,
+            "rung": now,
+        },
     ).scalar_one()
     if not second:
-        conn.execute(update(tables.shard).where(s.id == row.id).values(state=ShardState.ASSIGNED.value))
+        conn.execute(_GIVEN, {"shard": row.id})
     if isolating:
         text = "looks for the sample that breaks the device process"
         events.record(conn, now, "isolating", text, job_id=job.id, shard_id=row.id, attempt_id=attempt_id)
@@ -299,23 +334,14 @@ def start(
 
     `again` is for who does not know what became of its first try: one that runs is taken up, too.
     """
-    now = database.now(conn)
-    assigned = and_(a.device == device, a.incarnation == incarnation, a.state == AttemptState.ASSIGNED.value)
-    running = and_(a.device == device, a.incarnation == incarnation, a.state == AttemptState.RUNNING.value)
-    mine = or_(assigned, running) if again else assigned
-    _hold(conn, select(a.shard_id).where(a.id == attempt_id, mine))
-    taken = conn.execute(
-        update(tables.attempt).where(a.id == attempt_id, mine).values(state=AttemptState.RUNNING.value, started=now)
-    )
-    if taken.rowcount != 1:
+    mine = {"attempt": attempt_id, "me": device, "mine": incarnation}
+    own = and_(a.id == attempt_id, a.device == device, a.incarnation == incarnation)
+    _hold(conn, select(a.shard_id).where(own))
+    if conn.execute(_STARTS[again], {**mine, "now": database.now(conn)}).rowcount != 1:
         return None
-    held = {each.attempt_id: each for each in _assignments(conn, or_(a.id == attempt_id, assigned))}
+    held = {each.attempt_id: each for each in _assignments(conn, _STARTED, mine)}
     assignment = held.pop(attempt_id)
-    conn.execute(
-        update(tables.shard)
-        .where(s.id == assignment.shard_id, s.state == ShardState.ASSIGNED.value)
-        .values(state=ShardState.RUNNING.value)
-    )
+    conn.execute(_RUNS, {"shard": assignment.shard_id})
     return Started(assignment=assignment, waiting=next(iter(held.values()), None))
 
 
@@ -404,32 +430,20 @@ def _win(
 
     _hold(conn, [assignment.shard_id])
     won = conn.execute(
-        update(tables.attempt)
-        .where(
-            a.id == assignment.attempt_id,
-            a.state == AttemptState.RUNNING.value,
-            a.device == device,
-            a.incarnation == incarnation,
-        )
-        .values(
-            state=AttemptState.WON.value,
-            ended=now,
-            batch_ms=np.asarray(result.batch_ms, dtype="<f4").tobytes(),
-            budget=json.dumps({key: round(value, 3) for key, value in asdict(result.budget).items()}),
-        )
+        _WIN,
+        {
+            "attempt": assignment.attempt_id,
+            "me": device,
+            "mine": incarnation,
+            "ended": now,
+            "batch_ms": np.asarray(result.batch_ms, dtype="<f4").tobytes(),
+            "budget": json.dumps({key: round(value, 3) for key, value in asdict(result.budget).items()}),
+        },
     )
-    done = conn.execute(
-        update(tables.shard)
-        .where(s.id == assignment.shard_id, s.state.in_([state.value for state in jobs.UNFINISHED]))
-        .values(state=ShardState.DONE.value, winner=assignment.attempt_id)
-    )
+    done = conn.execute(_DONE, {"shard": assignment.shard_id, "attempt": assignment.attempt_id})
     if won.rowcount != 1 or done.rowcount != 1:
         raise _Fenced
-    conn.execute(
-        update(tables.attempt)
-        .where(a.shard_id == assignment.shard_id, a.state.in_(_LIVE))
-        .values(state=AttemptState.LOST.value, ended=now, reason="another attempt was faster")
-    )
+    conn.execute(_BEATEN, {"shard": assignment.shard_id, "now": now})
 
 
 def fail(
@@ -656,7 +670,8 @@ def unheard(conn: Connection, database: Database, ring_again_s: float) -> list[R
     up = select(d.name).where(d.state == DeviceState.UP.value)
     which = and_(a.state == AttemptState.ASSIGNED.value, late, a.device.not_in(running), a.device.in_(up))
     rows = conn.execute(select(a.id, a.device).where(which)).all()
-    found = {assignment.attempt_id: assignment for assignment in _assignments(conn, a.id.in_([r.id for r in rows]))}
+    late_ones = _ASSIGNED.where(a.id.in_([row.id for row in rows]))
+    found = {assignment.attempt_id: assignment for assignment in _assignments(conn, late_ones)}
     return [Ring(device=row.device, assignment=found[row.id]) for row in rows]
 
 
@@ -665,8 +680,9 @@ def rang(conn: Connection, database: Database, rings: Sequence[Ring]) -> None:
     conn.execute(update(tables.attempt).where(a.id.in_(ids)).values(rung=database.now(conn)))
 
 
-def _assignments(conn: Connection, which: ColumnElement[bool]) -> list[Assignment]:
-    rows = conn.execute(_ASSIGNED.where(which)).all()
+def _assignments(conn: Connection, query: Select[Any], parameters: Mapping[str, Any] | None = None) -> list[Assignment]:
+    """What a query of `_ASSIGNED` finds."""
+    rows = conn.execute(query, parameters).all()
     known = {job_id: jobs.get(conn, job_id) for job_id in {row.job_id for row in rows}}
     return [
         Assignment(
@@ -704,7 +720,8 @@ def with_room(conn: Connection, database: Database, lease_s: float) -> list[str]
     for device in free:
         alike = (device.host, device.soc, *device.backends)  # devices of a host are, unless jobs name some
         if choosy or alike not in wanted:
-            wanted[alike] = conn.execute(pending.where(jobs.suits(device)).limit(1)).first() is not None
+            fitting = pending.where(jobs.suits()).limit(1)
+            wanted[alike] = conn.execute(fitting, jobs.suiting(device)).first() is not None
         if wanted[alike]:
             found.append(device.name)
     return found

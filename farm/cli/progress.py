@@ -21,9 +21,10 @@ from farm.errors import StorageError
 from farm.jobs import Job
 from farm.settings import Settings
 
-#: Between looks at the job's state, which is one cheap row, and between counts, which are not; and how much of the time
-#: that has passed may be lost by looking late.
-POLL_S, COUNT_S, LATE = 0.1, 0.5, 0.005
+#: Between looks at the job's state, which is one cheap row, and between counts, which are not.
+POLL_S, COUNT_S = 0.1, 0.5
+#: How much of the time that has passed may be lost by looking late, and of the time that is left by looking early.
+LATE, EARLY = 0.005, 0.05
 #: Between lines where there is no terminal.
 SAY_S = 5.0
 #: Between looks at a database that does not answer.
@@ -53,7 +54,12 @@ def follow(
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
         began, first, said = monotonic(), now.finished_samples, monotonic()
         wait_s = COUNT_S if not bar.disable else SAY_S / 5
-        while not patient(lambda: _ended_within(wait_s, max(POLL_S, LATE * (monotonic() - began)), database, job_id)):
+        rate = 0.0
+        while True:
+            passed, left = monotonic() - began, now.job.spec.samples - now.finished_samples
+            poll_s = max(POLL_S, LATE * passed, EARLY * left / rate if rate else 0.0)
+            if patient(partial(_ended_within, wait_s, poll_s, database, job_id)):
+                break
             keep_farm()
             now, note = patient(lambda: watch.look(job_id))
             rate = (now.finished_samples - first) / (monotonic() - began)

@@ -112,7 +112,11 @@ _remembered = lru_cache(maxsize=256)(_drawn)
 
 def _write_scores(xxh3: int, out: Array) -> None:
     """`scores`, without a copy of them all: a large output is made in a third of the time."""
-    drawn, flat = (_remembered if out.size <= SHORT else _drawn)(xxh3, out.size), out.reshape(-1)
+    flat = out.reshape(-1)
+    if out.size <= SHORT:
+        flat[:] = _remembered(xxh3, out.size)
+        return
+    drawn = _drawn(xxh3, out.size)
     whole = out.size // len(drawn) * len(drawn)
     flat[:whole].reshape(-1, len(drawn))[:] = drawn
     flat[whole:] = drawn[: out.size - whole]
@@ -181,23 +185,25 @@ class SimulatedBackend(Backend):
         began = time.perf_counter()
         self.batches += 1
         hashes = [xxhash.xxh3_64_intdigest(sample) for sample in batch]
-        names = [f"{value:016x}" for value in hashes]
-        struck = [f for f in self.behaviour.faults if f.strikes(self.load, self.batches, names)]
-        slowness = max([1.0, *(f.factor for f in struck if f.kind == "slow")])
+        struck = self._struck(hashes) if self.behaviour.faults else []
         for fault in struck:
             _strike(fault, self.load)
-        for row, value in enumerate(hashes):
-            (_write_map if self.behaviour.smooth and out[row].ndim == 3 else _write_scores)(value, out[row])
-            if any(f.kind == "nan" and f.sample in ("", names[row]) for f in struck):
-                out[row] = np.nan
-            if any(f.kind == "wrong" for f in struck):
-                out[row] = out[row][::-1]  # plausible, and another answer
+        write = _write_map if self.behaviour.smooth and out.ndim == 4 else _write_scores
+        for value, row in zip(hashes, out, strict=True):
+            write(value, row)
+            if struck:
+                _spoil(struck, value, row)
         h2d, compute, d2h = self._usual
-        compute *= slowness * (1 + self._spread * max(-3.0, min(3.0, self._jitter.gauss(0, 1))))
+        compute *= 1 + self._spread * max(-3.0, min(3.0, self._jitter.gauss(0, 1)))
+        compute *= max([1.0, *(fault.factor for fault in struck if fault.kind == "slow")])
         left = began + (h2d + compute + d2h) / 1000 - time.perf_counter()
         if left > 0:
             time.sleep(left)
         return Times(h2d, compute, d2h)
+
+    def _struck(self, hashes: Sequence[int]) -> list[Fault]:
+        names = [f"{value:016x}" for value in hashes]
+        return [fault for fault in self.behaviour.faults if fault.strikes(self.load, self.batches, names)]
 
 
 def open_backend(load: Load) -> Backend:
@@ -219,6 +225,14 @@ def _strike(fault: Fault, load: Load) -> None:
         whom = {Blame.BATCH: DataError, Blame.MEMORY: JobError, Blame.OURS: JobError}
         error = whom.get(acl_codes.blame(fault.code), DeviceError)
         raise error(f"the simulated device failed, as it was told to: {acl_codes.meaning(fault.code)}")
+
+
+def _spoil(faults: Sequence[Fault], xxh3: int, out: Array) -> None:
+    """Another output of the sample with this hash, if one of the faults is of that kind."""
+    if any(fault.kind == "nan" and fault.sample in ("", f"{xxh3:016x}") for fault in faults):
+        out[:] = np.nan
+    if any(fault.kind == "wrong" for fault in faults):
+        out[:] = out[::-1]  # plausible, and another answer
 
 
 def _no_memory(load: Load) -> JobError:
