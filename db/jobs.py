@@ -134,8 +134,12 @@ def is_active() -> ColumnElement[bool]:
 
 def has_pending() -> ColumnElement[bool]:
     """Of a job in a query: whether one of its shards waits for a device."""
+    return _has_one([ShardState.PENDING.value])
+
+
+def _has_one(states: Sequence[str]) -> ColumnElement[bool]:
     shard = tables.shard.c
-    return select(shard.id).where(shard.job_id == tables.job.c.id, shard.state == ShardState.PENDING.value).exists()
+    return select(shard.id).where(shard.job_id == tables.job.c.id, shard.state.in_(states)).exists()
 
 
 def suits() -> ColumnElement[bool]:
@@ -157,6 +161,9 @@ def suiting(device: Device) -> Mapping[str, Any]:
     """Parameters of a query that asks what `suits` a device."""
     name = re.sub(r"[/%_]", r"/\g<0>", device.name)
     return {"backends": device.backends, "soc": device.soc, "named": f"%,{name},%", "host": device.host}
+
+
+_FINISHED_BUT_OPEN = select(tables.job.c.id).where(is_active(), ~_has_one([state.value for state in UNFINISHED]))
 
 
 def unfit_hosts(conn: Connection, job_id: int | None = None) -> list[Unfit]:
@@ -247,13 +254,7 @@ def hold(conn: Connection, job_id: int) -> None:
 
 def finished_but_open(conn: Connection) -> list[int]:
     """Jobs whose shards have all ended although they have not."""
-    shard = tables.shard.c
-    unfinished = (
-        select(shard.id)
-        .where(shard.job_id == tables.job.c.id, shard.state.in_([state.value for state in UNFINISHED]))
-        .exists()
-    )
-    return list(conn.execute(select(tables.job.c.id).where(is_active(), ~unfinished)).scalars())
+    return list(conn.execute(_FINISHED_BUT_OPEN).scalars())
 
 
 def settle(conn: Connection, database: Database, job_id: int) -> JobState:

@@ -54,7 +54,7 @@ d = tables.device.c
 u = tables.unfit.c
 
 
-# What every shard asks for is put together once: putting together costs more than asking.
+# What every shard and every tick ask for is put together once: putting together costs more than asking.
 _past = tables.attempt.alias("past")
 _ASSIGNED = (
     select(
@@ -94,6 +94,31 @@ _WAITING = (
     .limit(MOST_JOBS)
 )
 _FITTING = _WAITING.where(jobs.suits())
+_WANTING = select(tables.job.c.id).where(jobs.is_active(), jobs.has_pending()).limit(1)
+_WANTING_SOME = _WANTING.where(tables.job.c.devices != "")
+_WANTING_ONE = _WANTING.where(jobs.suits())
+_HELD_BY_ALL = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
+_ORPHANS = (
+    select(a.id)
+    .join(tables.device, d.name == a.device)
+    .where(
+        a.state.in_(_LIVE),
+        or_(d.incarnation != a.incarnation, d.state == DeviceState.GONE.value, d.heartbeat < bindparam("horizon")),
+    )
+    .order_by(a.id)
+)
+_UNHEARD = select(a.id, a.device).where(
+    a.state == AttemptState.ASSIGNED.value,
+    a.rung < bindparam("horizon"),
+    a.device.not_in(select(a.device).where(a.state == AttemptState.RUNNING.value)),
+    a.device.in_(select(d.name).where(d.state == DeviceState.UP.value)),
+)
+_RUNNING_LONG = (
+    select(a.id, a.device, a.started, s.id.label("shard_id"), s.job_id, s.idx, s.start, s.stop, s.since)
+    .join(tables.shard, s.id == a.shard_id)
+    .where(a.state == AttemptState.RUNNING.value, a.started < bindparam("horizon"), ~a.isolating)
+    .order_by(a.started)
+)
 _WON = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, s.id == a.shard_id)
 _WON = _WON.where(a.state == AttemptState.WON.value).order_by(a.id.desc())
 _LATEST_OF_DEVICE = _WON.where(a.device == bindparam("device")).limit(4)
@@ -599,13 +624,7 @@ def abandon(conn: Connection, database: Database, device: str) -> int:
 
 def orphans(conn: Connection, database: Database, lease_s: float) -> list[int]:
     """Live attempts whose device is gone, started anew, or was not heard of for a lease."""
-    lost = or_(
-        d.incarnation != a.incarnation,
-        d.state == DeviceState.GONE.value,
-        d.heartbeat < database.now(conn) - lease_s,
-    )
-    query = select(a.id).join(tables.device, d.name == a.device).where(a.state.in_(_LIVE), lost).order_by(a.id)
-    return list(conn.execute(query).scalars())
+    return list(conn.execute(_ORPHANS, {"horizon": database.now(conn) - lease_s}).scalars())
 
 
 def rescue(conn: Connection, database: Database, lease_s: float) -> int:
@@ -665,13 +684,11 @@ def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:
 
 def unheard(conn: Connection, database: Database, ring_again_s: float) -> list[Ring]:
     """Assigned attempts whose idle device seems not to have heard the bell."""
-    running = select(a.device).where(a.state == AttemptState.RUNNING.value)
-    late = a.rung < database.now(conn) - ring_again_s
-    up = select(d.name).where(d.state == DeviceState.UP.value)
-    which = and_(a.state == AttemptState.ASSIGNED.value, late, a.device.not_in(running), a.device.in_(up))
-    rows = conn.execute(select(a.id, a.device).where(which)).all()
-    late_ones = _ASSIGNED.where(a.id.in_([row.id for row in rows]))
-    found = {assignment.attempt_id: assignment for assignment in _assignments(conn, late_ones)}
+    rows = conn.execute(_UNHEARD, {"horizon": database.now(conn) - ring_again_s}).all()
+    if not rows:
+        return []
+    late = _ASSIGNED.where(a.id.in_([row.id for row in rows]))
+    found = {assignment.attempt_id: assignment for assignment in _assignments(conn, late)}
     return [Ring(device=row.device, assignment=found[row.id]) for row in rows]
 
 
@@ -710,18 +727,15 @@ def _event(conn: Connection, now: float, kind: str, assignment: Assignment, devi
 def with_room(conn: Connection, database: Database, lease_s: float) -> list[str]:
     """Devices whose window could take a shard that is pending."""
     free = _free(conn, database, lease_s, WINDOW)
-    job = tables.job.c
-    pending = select(job.id).where(jobs.is_active(), jobs.has_pending())
-    if not free or conn.execute(pending.limit(1)).first() is None:
+    if not free or conn.execute(_WANTING).first() is None:
         return []
-    choosy = conn.execute(pending.where(job.devices != "").limit(1)).first() is not None
+    choosy = conn.execute(_WANTING_SOME).first() is not None
     found: list[str] = []
     wanted: dict[tuple[str, ...], bool] = {}
     for device in free:
         alike = (device.host, device.soc, *device.backends)  # devices of a host are, unless jobs name some
         if choosy or alike not in wanted:
-            fitting = pending.where(jobs.suits()).limit(1)
-            wanted[alike] = conn.execute(fitting, jobs.suiting(device)).first() is not None
+            wanted[alike] = conn.execute(_WANTING_ONE, jobs.suiting(device)).first() is not None
         if wanted[alike]:
             found.append(device.name)
     return found
@@ -729,8 +743,7 @@ def with_room(conn: Connection, database: Database, lease_s: float) -> list[str]
 
 def _free(conn: Connection, database: Database, lease_s: float, fewer: int) -> list[Device]:
     """Devices that take work and hold fewer shards than that."""
-    by_device = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
-    held = {row[0]: row[1] for row in conn.execute(by_device)}
+    held = {row[0]: row[1] for row in conn.execute(_HELD_BY_ALL)}
     return [device for device in devices.live(conn, database, lease_s) if held.get(device.name, 0) < fewer]
 
 
@@ -750,12 +763,7 @@ def slow(conn: Connection, database: Database, lease_s: float) -> list[Slow]:
     One a shard and one a device. A shard that is being taken apart to find a sample is left alone.
     """
     now = database.now(conn)
-    running = conn.execute(
-        select(a.id, a.device, a.started, s.id.label("shard_id"), s.job_id, s.idx, s.start, s.stop, s.since)
-        .join(tables.shard, s.id == a.shard_id)
-        .where(a.state == AttemptState.RUNNING.value, a.started < now - SLOW_S, ~a.isolating)
-        .order_by(a.started)
-    ).all()
+    running = conn.execute(_RUNNING_LONG, {"horizon": now - SLOW_S}).all()
     if not running:
         return []
     idle = _free(conn, database, lease_s, 1)

@@ -94,6 +94,7 @@ class DeviceWorker:
         self._checked: set[tuple[str, float]] = set()
         self._unfit: dict[int, Assignment] = {}  #: by job, what this host could not do
         self._again: set[int] = set()  #: of these jobs those that were given a second chance
+        self._ahead: Plan | None = None  #: the one begun last before its bell rang
         self._asked: JobSpec | None = None  #: whose model the last canary was for
         self._app = make_app(broker.url(settings))
         self._stopping = threading.Event()
@@ -187,7 +188,8 @@ class DeviceWorker:
     def _attempt(self, started: Started) -> str:
         assignment = started.assignment
         try:
-            plan = self._plan(assignment)
+            ahead = self._ahead
+            plan = ahead if ahead and ahead.attempt_id == assignment.attempt_id else self._plan(assignment)
             waiting = started.waiting
             self._begin(plan, assignment.job.spec, last=waiting is None or waiting.job.id != assignment.job.id)
             if waiting is not None:
@@ -337,7 +339,8 @@ class DeviceWorker:
 
     def _read_ahead(self, assignment: Assignment) -> None:
         try:
-            self._begin(self._plan(assignment), assignment.job.spec)
+            self._ahead = self._plan(assignment)
+            self._begin(self._ahead, assignment.job.spec)
         except FarmError as exc:  # its own attempt will say so when its bell rings
             log.info("cannot read ahead for %s: %s", assignment.task_id, exc)
 

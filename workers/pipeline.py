@@ -3,7 +3,7 @@ Reader, device and post-processing at once, over one ring.
 
 Three threads pass groups of batches on: the reader fills input buffers, the device thread keeps two groups at the
 device process, post-processing turns outputs into rows. A thread that wakes up costs more than what it then does with
-a small batch, so batches of small outputs go in groups of about a quarter of a second, which the device process
+a small batch, so batches of small outputs go in groups of about a third of a second, which the device process
 answers as one, and the device thread itself turns such outputs into rows.
 
 `run` evaluates one shard; `read_ahead` lets the next shard's batches follow without a gap while the first is being
@@ -41,7 +41,7 @@ from workers.ring import SMALL, Buffer, Ring
 #: Groups at the device process: one running, one waiting.
 DEPTH = 2
 #: Device time of a group: long beside a wake-up, short beside a shard, a lease and what a closing worker has.
-GROUP_MS = 250.0
+GROUP_MS = 320.0
 #: The reader is not woken to fill less than so many buffers, if there is more to be read.
 AT_ONCE = 2
 #: A batch may take so many times the usual, and never less than the configured deadline.

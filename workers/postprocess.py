@@ -25,7 +25,7 @@ class Slot:
 
 
 #: Samples that are classified at once.
-MANY = 64
+MANY = 192
 
 
 class Reducer(ABC):
