@@ -49,6 +49,7 @@ def _serve(link: socket.socket) -> None:
     from farm.errors import FarmError
 
     model: _Model | None = None
+    failed = False  #: at a batch: what was sent after it waits for the next process, and how far we got stays as it is
     while True:
         try:
             data, fds, _, _ = socket.recv_fds(link, MESSAGE_BYTES, 1)
@@ -62,12 +63,13 @@ def _serve(link: socket.socket) -> None:
                 if model is not None:
                     model.close()
                     model = None
-                model = _Model(message["load"], fds[0], message["bytes"])
+                model, failed = _Model(message["load"], fds[0], message["bytes"]), False
                 _send(link, {"op": "loaded"})
-            elif model is not None:
+            elif model is not None and not failed:
                 times = [model.run(*places) for places in message["batches"]]
                 _send(link, {"op": "done", "group": message["group"], "ms": times})
         except FarmError as exc:
+            failed = True
             answer = "refused" if message["op"] == "load" else "error"
             _send(link, {"op": answer, "error": type(exc).__name__, "text": str(exc)})
     if model is not None:

@@ -173,7 +173,7 @@ class Pipeline:
         self._free_out: list[Buffer] = []
         self._in_hand = 0  #: groups that a thread works on outside the lock
         self._recent_ms: deque[float] = deque(maxlen=32)
-        self._usual_ms = 0.0  #: their median; 0 while there are none
+        self._usual_ms = 0.0  #: their median
         self._answered = 0  #: batches that this device process has answered
         self._since = 0.0  #: when the device got the group it works on
         self._asked = 0  #: canaries
@@ -460,9 +460,11 @@ class Pipeline:
         """How many of the batches to be read are read, sent and answered together."""
         run = self._todo[0].run
         waits = not (self._ready or self._sent)  # the device, for whatever comes first
-        if waits or not self._usual_ms or not run.is_small or run.plan.isolating or self._ring is None:
+        if waits or not self._recent_ms or not run.is_small or self._ring is None:
             return 1
-        most = max(1, min(int(GROUP_MS / self._usual_ms), len(self._ring.inputs) // DEPTH))
+        most = len(self._ring.inputs) // DEPTH
+        if most * self._usual_ms > GROUP_MS:
+            most = max(1, int(GROUP_MS / self._usual_ms))
         return sum(1 for batch in islice(self._todo, most) if batch.run is run)
 
     def _fill(self, batch: _Batch) -> None:

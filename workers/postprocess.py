@@ -25,7 +25,7 @@ class Slot:
 
 
 #: Samples that are classified at once.
-MANY = 192
+MANY = 64
 
 
 class Reducer(ABC):

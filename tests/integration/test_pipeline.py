@@ -26,15 +26,15 @@ from numpy.typing import NDArray
 
 from farm import artifacts, canary
 from farm.data.manifest import UNPREPARED, Sample, bin_path, bins_dir
-from farm.errors import DeviceCrashed, DeviceError, DeviceHung, JobError
+from farm.errors import DeviceCrashed, DeviceError, DeviceHung, FarmError, JobError
 from farm.jobs import ResultState, SampleResult
 from tests.datasets import LVVIT, load_bin, write_bins, write_tiny_onnx
 from workers.backends.base import Array, Load, TensorSpec
 from workers.backends.simulated import scores
 from workers.device import DeviceProcess
-from workers.pipeline import Aborted, NonFinite, Pipeline, Plan
+from workers.pipeline import GROUP_MS, Aborted, NonFinite, Pipeline, Plan
 from workers.postprocess import Reducer, Slot, classify
-from workers.ring import Ring
+from workers.ring import SMALL, Ring
 
 SHAPE, CLASSES, BS = (3, 4, 4), 10, 4
 ROOT = Path(__file__).parents[2]
@@ -616,6 +616,134 @@ def test_a_device_whose_outputs_are_needed_in_pairs_always_has_a_batch_waiting(
     pipeline.run(plan_of(data, large))
 
     assert min(there[:-1]) == 1
+
+
+# -- groups of batches -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many batches were sent together, each time."""
+    sizes: list[int] = []
+    send = pipeline.device.send
+
+    def note(group: int, batches: Any) -> None:
+        sizes.append(len(batches))
+        send(group, batches)
+
+    monkeypatch.setattr(pipeline.device, "send", note)
+    return sizes
+
+
+def test_batches_go_in_groups_once_their_time_is_known(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    pipeline.run(plan_of(data, simulated(bs=1)))
+    told = len(groups)
+
+    result = pipeline.run(plan_of(data, simulated(bs=1), attempt_id=2))
+
+    assert groups[0] == 1  # for the device has nothing to do
+    assert groups[told] == 1
+    assert max(groups[told:]) == 8  # half of the ring
+    assert sum(groups) == 20
+    assert result.samples == answers(data.samples)
+
+
+def test_a_group_lasts_no_longer_than_is_good(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    slow = simulated(bs=1, compute_ms=GROUP_MS / 3)
+
+    for attempt_id in (1, 2):
+        pipeline.run(plan_of(data, slow, attempt_id=attempt_id))
+
+    assert max(groups) in (2, 3)  # the measured times, not what they were meant to be
+
+
+def test_the_batches_of_two_shards_are_never_in_one_group(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    load = simulated(bs=1, compute_ms=1)
+    pipeline.run(plan_of(data, load))
+    groups.clear()
+    plans = [plan_of(data, load, attempt_id=2, stop=3), plan_of(data, load, attempt_id=3, start=3)]
+    for plan in plans:
+        pipeline.read_ahead(plan)
+
+    rows = [pipeline.run(plan).samples for plan in plans]
+
+    assert [*rows[0], *rows[1]] == answers(data.samples)
+    assert 3 in [sum(groups[:number]) for number in range(len(groups))]
+
+
+def test_large_outputs_go_one_by_one(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    load = simulated(bs=1)
+    large = replace(load, output=replace(load.output, shape=(1, 1 + SMALL // 4)))
+
+    for attempt_id in (1, 2):
+        pipeline.run(plan_of(data, large, attempt_id=attempt_id))
+
+    assert set(groups) == {1}
+
+
+def test_batches_go_one_by_one_while_a_sample_is_looked_for(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    pipeline.run(plan_of(data, simulated(bs=1)))
+    groups.clear()
+
+    pipeline.run(plan_of(data, simulated(bs=1), attempt_id=2, isolating=True))
+
+    assert set(groups) == {1}
+
+
+@pytest.mark.parametrize("kind", ["crash", "error", "acl"])
+def test_the_batch_of_a_group_that_breaks_the_device_process_is_named(
+    pipeline: Pipeline, data: Data, groups: list[int], kind: str
+) -> None:
+    load = simulated({**fault(kind, data, 6), "after": 10}, bs=1)  # not the first time
+    pipeline.run(plan_of(data, load))
+    groups.clear()
+
+    with pytest.raises(FarmError, match=r"\(batch of s6\)"):
+        pipeline.run(plan_of(data, load, attempt_id=2))
+
+    assert max(groups) > 1
+
+
+def test_a_hang_in_a_group_is_cut_off_and_named(impatient: Pipeline, data: Data) -> None:
+    load = simulated({**fault("hang", data, 6), "after": 10}, bs=1, compute_ms=1)
+    impatient.run(plan_of(data, load))
+    began = monotonic()
+
+    with pytest.raises(DeviceHung, match=r"no answer within 0.5 s; .*\(batch of s6\)"):
+        impatient.run(plan_of(data, load, attempt_id=2))
+
+    assert monotonic() - began < 5
+
+
+def test_a_device_that_gets_on_with_a_group_is_not_taken_for_one_that_hangs(impatient: Pipeline, data: Data) -> None:
+    """A batch takes 0.2 s of the 0.5 it may take, all at once, and a group of them longer than that."""
+    load = simulated({"kind": "slow", "after": 10, "factor": 200}, bs=1, compute_ms=1)
+    impatient.run(plan_of(data, load))
+
+    result = impatient.run(plan_of(data, load, attempt_id=2))
+
+    assert result.samples == answers(data.samples)
+    assert impatient.device.starts == 1
+
+
+def test_what_an_unusable_sample_leaves_of_a_group_is_scored(pipeline: Pipeline, data: Data) -> None:
+    pipeline.run(plan_of(data, simulated(bs=1)))
+    data.path(4).write_bytes(b"damaged")
+
+    result = pipeline.run(plan_of(data, simulated(bs=1), attempt_id=2))
+
+    assert list(reasons(result.samples)) == ["s4"]
+    assert scored(result.samples) == answers([*data.samples[:4], *data.samples[5:]])
+
+
+def test_a_group_for_a_device_process_that_is_gone_is_done_by_the_next_one(pipeline: Pipeline, data: Data) -> None:
+    load = simulated(bs=1)
+    pipeline.run(plan_of(data, load))
+    os.kill(pipeline.device.pid or 0, signal.SIGKILL)
+    with pytest.raises(DeviceCrashed):
+        pipeline.run(plan_of(data, load, attempt_id=2))
+
+    assert pipeline.run(plan_of(data, load, attempt_id=3)).samples == answers(data.samples)
 
 
 def test_a_pipeline_does_not_take_the_core_of_its_device_process(pipeline: Pipeline, data: Data) -> None:
