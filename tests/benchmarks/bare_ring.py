@@ -1,11 +1,11 @@
 """
 The peer of `tests.benchmarks.utilisation`: two bare processes a device, with neither Celery nor a database.
 
-    python -m tests.benchmarks.bare_ring DIRECTORY DEVICES BATCH_MS SECONDS
+    python -m tests.benchmarks.bare_ring DIRECTORY DEVICES BS BATCH_MS SECONDS
 
 One reads bins into a ring of shared memory, checks their hashes and takes the top 5 of what comes back; the other looks
-at every byte and waits as long as the device would. They tell each other of batches by a byte in a pipe. It is what
-nothing that does the same work can be much cheaper than. Prints the seconds of CPU and the samples of all of them.
+at every byte and waits as long as the device would. They tell each other of batches by a byte in a pipe. Prints what
+all of them took and did: seconds of CPU, samples, samples a second.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from farm.data.manifest import Sample
 from farm.metrics import topk
 from workers.reader import read_bin
 
-BS, SLOTS, CLASSES = 4, 4, 1000
+SLOTS, CLASSES = 4, 1000
 
 
 def main() -> None:
-    directory, devices, batch_ms, seconds = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), float(sys.argv[4])
+    directory, devices, bs = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    batch_s, seconds = float(sys.argv[4]) / 1000, float(sys.argv[5])
     samples = list(manifest.read(directory).samples)
     nbytes = manifest.bin_path(directory, samples[0].name).stat().st_size
     told, tell = os.pipe()
@@ -41,8 +42,10 @@ def main() -> None:
     for number in range(devices):
         child = os.fork()
         if not child:
-            own = samples[number * 17 % len(samples) :] + samples[: number * 17 % len(samples)]
-            os.write(tell, json.dumps(_device(directory, own, nbytes, batch_ms, start, seconds)).encode() + b"\n")
+            first = number * 17 % len(samples)
+            own = samples[first:] + samples[:first]
+            line = json.dumps(_device(directory, own, nbytes, bs, batch_s, start, seconds))
+            os.write(tell, f"{line}\n".encode())
             os._exit(0)
         children.append(child)
     os.close(tell)
@@ -56,17 +59,17 @@ def main() -> None:
 
 
 def _device(
-    directory: Path, samples: Sequence[Sample], nbytes: int, batch_ms: float, start: float, seconds: float
+    directory: Path, samples: Sequence[Sample], nbytes: int, bs: int, batch_s: float, start: float, seconds: float
 ) -> dict[str, float]:
     """Both processes of one device, from `start` on."""
-    memory = mmap.mmap(-1, SLOTS * BS * (nbytes + CLASSES * 4))
-    bins = np.frombuffer(memory, np.uint8, SLOTS * BS * nbytes).reshape(SLOTS, BS, nbytes)
-    scores = np.frombuffer(memory, np.float32, SLOTS * BS * CLASSES, bins.nbytes).reshape(SLOTS, BS, CLASSES)
+    memory = mmap.mmap(-1, SLOTS * bs * (nbytes + CLASSES * 4))
+    bins = np.frombuffer(memory, np.uint8, SLOTS * bs * nbytes).reshape(SLOTS, bs, nbytes)
+    scores = np.frombuffer(memory, np.float32, SLOTS * bs * CLASSES, bins.nbytes).reshape(SLOTS, bs, CLASSES)
     bins[:] = 0
     given, wanted = os.pipe(), os.pipe()
     if not os.fork():
         os.close(given[1])
-        _compute(given[0], wanted[1], bins, scores, batch_ms)
+        _compute(given[0], wanted[1], bins, scores, batch_s)
         os._exit(0)
     os.close(given[0])
     time.sleep(max(0.0, start - time.monotonic()))
@@ -74,8 +77,8 @@ def _device(
 
     def fill(slot: int) -> None:
         nonlocal batches
-        for place in range(BS):
-            read_bin(directory, samples[(batches * BS + place) % len(samples)], bins[slot, place])
+        for place in range(bs):
+            read_bin(directory, samples[(batches * bs + place) % len(samples)], bins[slot, place])
         batches += 1
         os.write(given[1], bytes([slot]))
 
@@ -90,16 +93,16 @@ def _device(
     took = time.monotonic() - began
     os.close(given[1])
     os.wait()
-    return {"cpu_s": _cpu_s() - before, "samples": batches * BS, "fps": done * BS / took}
+    return {"cpu_s": _cpu_s() - before, "samples": batches * bs, "fps": done * bs / took}
 
 
-def _compute(given: int, wanted: int, bins: NDArray[np.uint8], scores: NDArray[np.float32], batch_ms: float) -> None:
+def _compute(given: int, wanted: int, bins: NDArray[np.uint8], scores: NDArray[np.float32], batch_s: float) -> None:
     row = np.random.default_rng(0).standard_normal(CLASSES, dtype=np.float32)
     while slot := os.read(given, 1):
         began = time.perf_counter()
         for place, sample in enumerate(bins[slot[0]]):
             scores[slot[0], place] = np.roll(row, xxhash.xxh3_64_intdigest(sample) % CLASSES)
-        time.sleep(max(0.0, began + batch_ms / 1000 - time.perf_counter()))
+        time.sleep(max(0.0, began + batch_s - time.perf_counter()))
         os.write(wanted, slot)
 
 
