@@ -188,8 +188,7 @@ class DeviceWorker:
     def _attempt(self, started: Started) -> str:
         assignment = started.assignment
         try:
-            ahead = self._ahead
-            plan = ahead if ahead and ahead.attempt_id == assignment.attempt_id else self._plan(assignment)
+            plan = self._planned(assignment)
             waiting = started.waiting
             self._begin(plan, assignment.job.spec, last=waiting is None or waiting.job.id != assignment.job.id)
             if waiting is not None:
@@ -343,6 +342,14 @@ class DeviceWorker:
             self._begin(self._ahead, assignment.job.spec)
         except FarmError as exc:  # its own attempt will say so when its bell rings
             log.info("cannot read ahead for %s: %s", assignment.task_id, exc)
+
+    def _planned(self, assignment: Assignment) -> Plan:
+        """The plan that was made when it was read ahead, or one made now; its artifact is looked at in any case."""
+        ahead = self._ahead
+        if ahead is None or ahead.attempt_id != assignment.attempt_id:
+            return self._plan(assignment)
+        self._load(assignment.job.spec)
+        return ahead
 
     def _plan(self, assignment: Assignment) -> Plan:
         spec = assignment.job.spec

@@ -87,9 +87,14 @@ class DeviceProcess:
         """
         places = [(given.offset, wanted.offset) for given, wanted in batches]
         message = json.dumps({"op": "run", "group": group, "batches": places}).encode()
-        with self._sending, suppress(OSError):
-            if self._link is not None:
+        with self._sending:
+            if self._link is None:
+                return
+            try:
                 self._link.send(message)
+            except OSError:
+                with suppress(OSError):  # who waits for the answer hears at once that there will be none
+                    self._link.shutdown(socket.SHUT_RDWR)
 
     def finished(self, timeout_s: float) -> tuple[int, list[Times]] | None:
         """

@@ -582,11 +582,13 @@ class Pipeline:
     def _switch(self, run: _Run) -> None:
         """Load the model of the next batch; nothing is under way."""
         began = perf_counter()
-        ring = Ring(run.plan.load.input, run.plan.load.output)
+        ring: Ring | None = None
         try:
+            ring = Ring(run.plan.load.input, run.plan.load.output)
             self.device.load(run.plan.load, ring)
         except Exception as exc:
-            ring.close()
+            if ring is not None:
+                ring.close()
             with self._lock:
                 self._fail(run, exc if isinstance(exc, FarmError) else DeviceError(f"internal error: {exc!r}"))
                 question = self._question

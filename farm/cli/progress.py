@@ -23,10 +23,11 @@ from farm.settings import Settings
 
 #: Between looks at the job's state, which is one cheap row, and between counts, which are not.
 POLL_S, COUNT_S = 0.1, 0.5
-#: How much of the time that has passed may be lost by looking late, and of the time that is left by looking early.
-LATE, EARLY = 0.005, 0.05
-#: Between lines where there is no terminal.
-SAY_S = 5.0
+#: The first in long jobs: a share of the time that seems to be left, or, where nothing is known of that, has passed.
+#: But so often a count, for a job may also be cancelled, or its devices may have been loading until now.
+EARLY, LATE, LOOKS = 0.05, 0.005, 4
+#: Between lines, and counts, where there is no terminal; and between looks whether the farm is still there.
+SAY_S, KEEP_S = 5.0, 1.0
 #: Between looks at a database that does not answer.
 AGAIN_S = 1.0
 
@@ -53,23 +54,25 @@ def follow(
         now = patient(lambda: _progress(database, job_id))
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
         began, first, said = monotonic(), now.finished_samples, monotonic()
-        wait_s = COUNT_S if not bar.disable else SAY_S / 5
-        rate = 0.0
+        wait_s = COUNT_S if not bar.disable else KEEP_S
+        ends: float | None = None  #: when it seems that the job will
         while True:
-            passed, left = monotonic() - began, now.job.spec.samples - now.finished_samples
-            poll_s = max(POLL_S, LATE * passed, EARLY * left / rate if rate else 0.0)
+            share = LATE * (monotonic() - began) if ends is None else EARLY * (ends - monotonic())
+            poll_s = max(POLL_S, min(share, wait_s / LOOKS))
             if patient(partial(_ended_within, wait_s, poll_s, database, job_id)):
                 break
             keep_farm()
+            if bar.disable and monotonic() - said < SAY_S:
+                continue
             now, note = patient(lambda: watch.look(job_id))
-            rate = (now.finished_samples - first) / (monotonic() - began)
+            said, done = monotonic(), now.finished_samples
+            rate = (done - first) / (said - began)
+            ends = said + (now.job.spec.samples - done) / rate if rate else None
             if now.failed_samples:
                 note = f"{now.failed_samples} failed {note}"
-            bar.update(task, completed=now.finished_samples, rate=f"{rate:.1f}/s", note=note)
-            if bar.disable and monotonic() - said > SAY_S:
-                said = monotonic()
-                done = f"{now.finished_samples}/{now.job.spec.samples}"
-                console.print(f"{now.job}: {done}, {rate:.1f}/s {note}", highlight=False)
+            bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note)
+            if bar.disable:
+                console.print(f"{now.job}: {done}/{now.job.spec.samples}, {rate:.1f}/s {note}", highlight=False)
 
 
 class Patience:
