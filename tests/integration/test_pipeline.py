@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -744,6 +745,31 @@ def test_a_group_for_a_device_process_that_is_gone_is_done_by_the_next_one(pipel
         pipeline.run(plan_of(data, load, attempt_id=2))
 
     assert pipeline.run(plan_of(data, load, attempt_id=3)).samples == answers(data.samples)
+
+
+def test_a_send_that_fails_is_heard_of_at_once() -> None:
+    ring = Ring(simulated().input, simulated().output)
+    with closing(DeviceProcess()) as device:
+        device._link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        device.send(7, [(ring.inputs[0], ring.outputs[0])] * 100_000)  # more than the kernel takes
+
+        with theirs, pytest.raises(DeviceCrashed):
+            device.finished(60)
+    ring.close()
+
+
+def test_a_ring_that_cannot_be_made_fails_its_shard(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> Ring:
+        raise OSError("cannot allocate memory")
+
+    monkeypatch.setattr("workers.pipeline.Ring", no_memory)
+    with pytest.raises(DeviceError, match="cannot allocate memory"):
+        pipeline.run(plan_of(data))
+    monkeypatch.undo()
+
+    assert pipeline.run(plan_of(data)).samples == answers(data.samples)
 
 
 def test_a_pipeline_does_not_take_the_core_of_its_device_process(pipeline: Pipeline, data: Data) -> None:
