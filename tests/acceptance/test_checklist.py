@@ -219,7 +219,7 @@ def _end(number=9):
 def simulated(farm: Farm, tmp_path: Path) -> Farm:
     """A farm of two simulated devices, with short times and a file that a changed process looks for."""
     write_bins(farm.home / "data", COUNT)
-    times = {"FARM_HEARTBEAT_S": "0.3", "FARM_LEASE_S": "2", "FARM_SHARD_S": "0.2"}
+    times = {"FARM_HEARTBEAT_S": "0.3", "FARM_LEASE_S": "5", "FARM_SHARD_S": "0.2"}
     farm.env.update(times, **simulate(compute_ms=20), TEST_MARK=str(tmp_path / "mark"))
     return farm
 

@@ -48,7 +48,7 @@ from workers.backends.base import Backend, Load, TensorSpec, Times
 from workers.backends.simulated import SimulatedBackend, behaviour
 from workers.pipeline import Pipeline
 from workers.reader import read_bin
-from workers.ring import INPUTS, Ring
+from workers.ring import Ring
 
 Floats = NDArray[np.float32]
 Machine = Callable[..., None]
@@ -421,7 +421,7 @@ def test_a_run_delays_neither_the_workers_heartbeat_nor_its_reader(
         with Ticker() as heart:  # from here on the device process holds its GIL, until somebody opens the gate
             pipeline.read_ahead(second)
             assert eventually(lambda: heart.turns >= 100)
-            assert eventually(lambda: len(read) == INPUTS)
+            assert eventually(lambda: len(read) == len(data.samples))
         assert not running.done()
 
         os.close(os.open(gate, os.O_WRONLY))

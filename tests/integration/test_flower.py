@@ -239,7 +239,7 @@ def test_metrics_and_the_brokers_memory_do_not_grow_with_shards(
     wait_for(acknowledged, 20, "all is acknowledged")
     assert set(range(10_000, 11_000)) <= set(worker.evaluated())
     assert series() == series_before
-    assert keys() == keys_before
+    assert keys() <= keys_before  # what Flower asked at its start may be forgotten by now
 
 
 def test_with_a_password_nothing_is_shown_without_it(broker: Valkey, worker: CountingWorker, tmp_path: Path) -> None:
