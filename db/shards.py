@@ -126,6 +126,7 @@ _LATEST_OF_JOB = _WON.where(a.job_id == bindparam("job")).limit(32)
 _HELD = select(func.count()).where(a.device == bindparam("device"), a.state.in_(_LIVE))
 #: Of one attempt: it is this incarnation's of this device, which is to take it up.
 _OWN = and_(a.device == bindparam("me"), a.incarnation == bindparam("mine"))
+_ITS_SHARD = select(a.shard_id).where(a.id == bindparam("attempt"), _OWN)
 _TO_START = and_(_OWN, a.state == AttemptState.ASSIGNED.value)
 _TO_START_AGAIN = and_(_OWN, a.state.in_([AttemptState.ASSIGNED.value, AttemptState.RUNNING.value]))
 _STARTS = {
@@ -360,8 +361,7 @@ def start(
     `again` is for who does not know what became of its first try: one that runs is taken up, too.
     """
     mine = {"attempt": attempt_id, "me": device, "mine": incarnation}
-    own = and_(a.id == attempt_id, a.device == device, a.incarnation == incarnation)
-    _hold(conn, select(a.shard_id).where(own))
+    _hold(conn, _ITS_SHARD, mine)
     if conn.execute(_STARTS[again], {**mine, "now": database.now(conn)}).rowcount != 1:
         return None
     held = {each.attempt_id: each for each in _assignments(conn, _STARTED, mine)}
@@ -661,14 +661,16 @@ def _take_back(conn: Connection, database: Database, which: ColumnElement[bool],
     return taken
 
 
-def _hold(conn: Connection, shard_ids: Sequence[int] | Select[tuple[int]]) -> None:
+def _hold(
+    conn: Connection, shard_ids: Sequence[int] | Select[tuple[int]], parameters: Mapping[str, Any] | None = None
+) -> None:
     """
     Have shards to oneself until the transaction ends: who ends one attempt must see what became of the others.
 
     First thing a verb does to a shard, and before its attempts: all take these locks in one order.
     """
     if locks_rows(conn):
-        conn.execute(select(s.id).where(s.id.in_(shard_ids)).order_by(s.id).with_for_update(key_share=True))
+        conn.execute(select(s.id).where(s.id.in_(shard_ids)).order_by(s.id).with_for_update(key_share=True), parameters)
 
 
 def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:

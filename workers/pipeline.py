@@ -707,7 +707,6 @@ class Pipeline:
             self._in_hand -= 1
             run.post_ms += 1000 * (perf_counter() - began)
             run.holding += group
-            self._free_inputs(group)
             self._let_go(run)
             self._take_rows(run, rows, bad)
             if refused is not None:

@@ -21,11 +21,9 @@ from farm.errors import StorageError
 from farm.jobs import Job
 from farm.settings import Settings
 
-#: Between looks at the job's state, which is one cheap row, and between counts, which are not.
-POLL_S, COUNT_S = 0.1, 0.5
-#: The first in long jobs: a share of the time that seems to be left, or, where nothing is known of that, has passed.
-#: But so often a count, for a job may also be cancelled, or its devices may have been loading until now.
-EARLY, LATE, LOOKS = 0.05, 0.005, 4
+#: Between looks at the job's state, which is one cheap row, and between counts, which are not; and how much of the time
+#: that has passed may be lost by looking late.
+POLL_S, COUNT_S, LATE = 0.1, 0.5, 0.005
 #: Between lines, and counts, where there is no terminal; and between looks whether the farm is still there.
 SAY_S, KEEP_S = 5.0, 1.0
 #: Between looks at a database that does not answer.
@@ -55,19 +53,13 @@ def follow(
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
         began, first, said = monotonic(), now.finished_samples, monotonic()
         wait_s = COUNT_S if not bar.disable else KEEP_S
-        ends: float | None = None  #: when it seems that the job will
-        while True:
-            share = LATE * (monotonic() - began) if ends is None else EARLY * (ends - monotonic())
-            poll_s = max(POLL_S, min(share, wait_s / LOOKS))
-            if patient(partial(_ended_within, wait_s, poll_s, database, job_id)):
-                break
+        while not patient(lambda: _ended_within(wait_s, max(POLL_S, LATE * (monotonic() - began)), database, job_id)):
             keep_farm()
             if bar.disable and monotonic() - said < SAY_S:
                 continue
             now, note = patient(lambda: watch.look(job_id))
             said, done = monotonic(), now.finished_samples
             rate = (done - first) / (said - began)
-            ends = said + (now.job.spec.samples - done) / rate if rate else None
             if now.failed_samples:
                 note = f"{now.failed_samples} failed {note}"
             bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note)

@@ -307,6 +307,16 @@ def test_a_job_for_certain_devices_is_assigned_to_them_alone(fleet: Fleet) -> No
     assert [len(fleet.held(worker)) for worker in [wanted, *others]] == [2, 0, 0]
 
 
+def test_a_name_is_no_pattern_for_others(fleet: Fleet) -> None:
+    """To SQL's LIKE an underscore is any letter."""
+    fleet.job(only=("hax:0",))
+    alike = fleet.worker(0, host="h_x")
+
+    fleet.assign()
+
+    assert not fleet.held(alike)
+
+
 def test_a_job_is_assigned_to_devices_of_its_backend_alone(fleet: Fleet) -> None:
     fleet.job(backend="ort")
     fleet.worker(0, backends=("simulated",))

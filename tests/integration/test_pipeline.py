@@ -244,6 +244,27 @@ def test_the_budgets_device_time_is_that_of_its_batches(pipeline: Pipeline, data
     assert result.budget.device_ms == pytest.approx(sum(map(sum, result.batch_ms)))
 
 
+def test_what_a_batch_takes_is_no_part_of_what_it_waited(pipeline: Pipeline, data: Data) -> None:
+    load = simulated(compute_ms=600)
+    pipeline.run(plan_of(data, load, stop=1))
+
+    budget = pipeline.run(plan_of(data, load, attempt_id=2, stop=1)).budget
+
+    assert budget.wait_ms < budget.device_ms == 600
+
+
+def test_batches_of_a_group_wait_for_one_another(pipeline: Pipeline, data: Data, groups: list[int]) -> None:
+    load = simulated(bs=1, compute_ms=30)
+    pipeline.run(plan_of(data, load))
+    groups.clear()
+
+    budget = pipeline.run(plan_of(data, load, attempt_id=2)).budget
+
+    behind = sum(size * (size - 1) // 2 for size in groups)
+    assert max(groups) > 2
+    assert budget.wait_ms >= 30 * behind
+
+
 def test_the_model_is_kept_between_shards(pipeline: Pipeline, data: Data) -> None:
     first = pipeline.run(plan_of(data, stop=4))
 
@@ -1053,6 +1074,19 @@ def test_a_canary_is_wanted_once_a_load(pipeline: Pipeline, data: Data) -> None:
 def test_a_canary_is_wanted_after_many_batches(pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workers.pipeline.EVERY", 2)
     load = simulated()
+    pipeline.ask(load, 0)
+    said(pipeline)
+
+    pipeline.run(plan_of(data, load=load))
+
+    assert pipeline.canary_due(load) is not None
+
+
+def test_every_batch_of_a_group_brings_the_next_canary_nearer(
+    pipeline: Pipeline, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.pipeline.EVERY", 10)
+    load = simulated(bs=1)
     pipeline.ask(load, 0)
     said(pipeline)
 

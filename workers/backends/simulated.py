@@ -112,11 +112,7 @@ _remembered = lru_cache(maxsize=256)(_drawn)
 
 def _write_scores(xxh3: int, out: Array) -> None:
     """`scores`, without a copy of them all: a large output is made in a third of the time."""
-    flat = out.reshape(-1)
-    if out.size <= SHORT:
-        flat[:] = _remembered(xxh3, out.size)
-        return
-    drawn = _drawn(xxh3, out.size)
+    drawn, flat = (_remembered if out.size <= SHORT else _drawn)(xxh3, out.size), out.reshape(-1)
     whole = out.size // len(drawn) * len(drawn)
     flat[:whole].reshape(-1, len(drawn))[:] = drawn
     flat[whole:] = drawn[: out.size - whole]
