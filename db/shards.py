@@ -492,6 +492,7 @@ def fail(
         .values(state=AttemptState.FAILED.value, ended=now, failure=failure.value, reason=reason)
     )
     if ended.rowcount != 1:
+        fail_late(conn, database, assignment.attempt_id, device, failure, reason)
         return []
     _event(conn, now, f"attempt_{failure.value}", assignment, device, reason)
     _reopen(conn, [assignment.shard_id])
@@ -500,6 +501,27 @@ def fail(
     elif blame and failure is not Failure.HOST:
         _blame(conn, database, assignment, device, failure, reason, lease_s)
     return assign(conn, database, lease_s, only=[device])
+
+
+def fail_late(
+    conn: Connection, database: Database, attempt_id: int, device: str, failure: Failure, reason: str
+) -> None:
+    """A strike for a device that broke at a shard which another has done meanwhile: the shard is not to blame."""
+    winner = tables.attempt.alias()
+    beaten = conn.execute(
+        select(a.job_id, a.shard_id)
+        .join(tables.shard, s.id == a.shard_id)
+        .join(winner, winner.c.id == s.winner)
+        .where(a.id == attempt_id, a.state == AttemptState.LOST.value, winner.c.device != device)
+    ).first()
+    if beaten is None or failure.value not in (*_BREAKING, Failure.DEVICE.value):
+        return
+    events.record(
+        conn, database.now(conn), f"attempt_{failure.value}", reason,
+        job_id=beaten.job_id, shard_id=beaten.shard_id, attempt_id=attempt_id, device=device,
+    )  # fmt: skip
+    devices.strike(conn, database, device, 1, reason)
+    _release_quarantined(conn, database, device)
 
 
 def decline(

@@ -440,7 +440,8 @@ class DeviceWorker:
 
     def _beat(self) -> None:
         """
-        Say that we live, and drop what was taken from us. A newer incarnation means that we have to go.
+        Say that we live, drop what was taken from us and tell how the device broke at it. A newer incarnation means
+        that we have to go.
 
         What we should do and nobody rings for, with the broker away perhaps, is begun from here.
         """
@@ -457,6 +458,9 @@ class DeviceWorker:
                 log.error("%s was registered by another worker; leaving", self.device.name)
                 os._exit(1)
             self._pipeline.drop(under_way - live)
+            for attempt_id, error in self._pipeline.late():
+                with suppress(StorageError), self._database.write() as conn:  # a strike less
+                    shards.fail_late(conn, self._database, attempt_id, self.device.name, _kind(error), _text(error))
             waiting = live if not self._busy.locked() else frozenset[int]()
             if waiting and waiting == unheard:
                 threading.Thread(target=self.evaluate, args=(min(waiting),), daemon=True).start()

@@ -165,6 +165,7 @@ class Pipeline:
         self._load: Load | None = None
         self._ring: Ring | None = None
         self._runs: dict[int, _Run] = {}
+        self._late: list[tuple[int, FarmError]] = []
         self._todo: deque[_Batch] = deque()
         self._ready: deque[_Group] = deque()
         self._sent: deque[_Group] = deque()
@@ -275,6 +276,12 @@ class Pipeline:
             for attempt_id in attempts:
                 if run := self._runs.pop(attempt_id, None):
                     self._fail(run, Aborted("the attempt was taken away"))
+
+    def late(self) -> list[tuple[int, FarmError]]:
+        """Attempts that were dropped while the device worked on them, and how it broke at them; each is told once."""
+        with self._lock:
+            told, self._late = self._late, []
+        return told
 
     def close(self) -> None:
         """Stop the threads and the device process. Runs under way are aborted."""
@@ -650,6 +657,8 @@ class Pipeline:
 
     def _blame(self, batch: _Batch, error: FarmError, process_ended: bool) -> None:
         run = batch.run
+        if isinstance(run.error, Aborted):
+            self._late.append((run.plan.attempt_id, error))
         if run.error is not None:
             return
         if not (run.plan.isolating and (process_ended or isinstance(error, DataError))):

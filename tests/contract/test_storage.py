@@ -1353,6 +1353,55 @@ def test_a_device_that_breaks_where_others_might_not_gets_a_strike(fleet: Fleet,
     assert worker.device.strikes == 1
 
 
+@pytest.mark.parametrize("failure", [*BREAKING, Failure.DEVICE])
+def test_a_device_that_breaks_at_what_another_has_done_meanwhile_gets_a_strike(fleet: Fleet, failure: Failure) -> None:
+    job = fleet.job(samples=1)
+    slow, quick = fleet.worker(0), fleet.worker(1)
+    assignment = slow.take()
+    quick.complete(fleet.rival(assignment, quick))
+
+    assert slow.fail(assignment, failure) == []
+
+    assert (slow.device.strikes, quick.device.strikes) == (1, 0)
+    assert [event.attempt_id for event in fleet.events(f"attempt_{failure.value}")] == [assignment.attempt_id]
+    assert [row.device for row in fleet.rows(job)] == ["h:1"]
+
+
+@pytest.mark.parametrize("failure", [Failure.HOST, Failure.NON_FINITE, Failure.JOB])
+def test_what_is_no_fault_of_the_device_is_none_either_where_another_was_faster(fleet: Fleet, failure: Failure) -> None:
+    fleet.job(samples=1)
+    slow, quick = fleet.worker(0), fleet.worker(1)
+    assignment = slow.take()
+    quick.complete(fleet.rival(assignment, quick))
+
+    slow.fail(assignment, failure)
+
+    assert slow.device.strikes == 0
+
+
+def test_a_device_that_breaks_at_what_nobody_has_done_since_gets_no_strike(fleet: Fleet) -> None:
+    job = fleet.job(samples=1)
+    worker = fleet.worker(0)
+    fleet.worker(1)
+    assignment = worker.take()
+    fleet.cancel(job)
+
+    worker.fail(assignment, Failure.HANG)
+
+    assert worker.device.strikes == 0
+
+
+def test_the_third_failure_at_what_others_have_done_quarantines_a_device(fleet: Fleet) -> None:
+    fleet.job(samples=12)
+    slow, quick = fleet.worker(0), fleet.worker(1)
+    for _ in range(3):
+        assignment = slow.take()
+        quick.complete(fleet.rival(assignment, quick))
+        slow.fail(assignment, Failure.HANG)
+
+    assert slow.device.state is DeviceState.QUARANTINED
+
+
 @pytest.mark.parametrize("failure", BREAKING)
 def test_a_device_that_breaks_alone_gets_no_strike(fleet: Fleet, failure: Failure) -> None:
     fleet.job()

@@ -824,6 +824,28 @@ def test_a_dropped_shard_is_not_under_way(pipeline: Pipeline, data: Data) -> Non
     assert pipeline.attempts() == frozenset()
 
 
+def test_a_hang_at_a_shard_that_was_dropped_is_told_once(impatient: Pipeline, data: Data, tmp_path: Path) -> None:
+    impatient.read_ahead(plan_of(data, simulated({"kind": "hang", "once": str(tmp_path / "hanging")})))
+    assert eventually((tmp_path / "hanging").exists)
+    impatient.drop([1])
+    told: list[tuple[int, FarmError]] = []
+
+    def hear() -> bool:
+        told.extend(impatient.late())
+        return bool(told)
+
+    assert eventually(hear)
+    assert [(attempt_id, type(error)) for attempt_id, error in told] == [(1, DeviceHung)]
+    assert impatient.late() == []
+
+
+def test_a_shard_that_fails_under_way_is_not_told_again(impatient: Pipeline, data: Data) -> None:
+    with pytest.raises(DeviceHung):
+        impatient.run(plan_of(data, simulated(fault("hang", data, 5))))
+
+    assert impatient.late() == []
+
+
 def test_dropping_leaves_the_others_alone(pipeline: Pipeline, data: Data) -> None:
     first, second = plan_of(data), plan_of(data, attempt_id=2)
     pipeline.read_ahead(first)
