@@ -25,7 +25,7 @@ _BEAT = update(tables.device).where(
 _MINE = select(tables.attempt.c.id).where(
     tables.attempt.c.device == bindparam("me"),
     tables.attempt.c.incarnation == bindparam("mine"),
-    tables.attempt.c.state.in_([state.value for state in LIVE]),
+    tables.one_of(tables.attempt.c.state, LIVE),
 )
 
 _QUARANTINED = DeviceState.QUARANTINED.value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,11 +14,13 @@ from sqlalchemy import ColumnElement, Connection, Row, and_, bindparam, case, fu
 from db import events, tables
 from db.devices import Device
 from db.engine import Database
+from db.tables import one_of
 from farm.errors import UsageError
 from farm.jobs import LIVE, AttemptState, Job, JobSpec, JobState, ResultState, ShardState
 
 _SPEC = TypeAdapter(JobSpec)
 _ONE = select(tables.job).where(tables.job.c.id == bindparam("job"))
+_STATE = select(tables.job.c.state).where(tables.job.c.id == bindparam("job"))
 ACTIVE = (JobState.PENDING, JobState.RUNNING)
 UNFINISHED = (ShardState.PENDING, ShardState.ASSIGNED, ShardState.RUNNING)
 
@@ -92,7 +94,7 @@ def get(conn: Connection, job_id: int) -> Job:
 
 def state(conn: Connection, job_id: int) -> JobState:
     """Where a job stands, for those who ask often."""
-    return JobState(conn.execute(select(tables.job.c.state).where(tables.job.c.id == job_id)).scalar_one())
+    return JobState(conn.execute(_STATE, {"job": job_id}).scalar_one())
 
 
 def recent(conn: Connection, limit: int) -> list[Job]:
@@ -115,8 +117,8 @@ def of_speed(conn: Connection, artifact_sha256: str, device: str) -> list[Job]:
 def alike(conn: Connection, spec: JobSpec) -> list[Job]:
     """Jobs that evaluate the same samples with the same artifact and choice of devices, done or not; newest first."""
     job = tables.job.c
-    states = [state.value for state in (*ACTIVE, JobState.DONE, JobState.DONE_WITH_ERRORS)]
-    which = and_(job.artifact_sha256 == spec.artifact.sha256, job.samples == spec.samples, job.state.in_(states))
+    states = (*ACTIVE, JobState.DONE, JobState.DONE_WITH_ERRORS)
+    which = and_(job.artifact_sha256 == spec.artifact.sha256, job.samples == spec.samples, one_of(job.state, states))
     found = several(conn, which, (job.id.desc(),), 100)
     wanted = (spec.manifest_digest, spec.devices)
     return [each for each in found if (each.spec.manifest_digest, each.spec.devices) == wanted]
@@ -129,17 +131,17 @@ def several(
 
 
 def is_active() -> ColumnElement[bool]:
-    return tables.job.c.state.in_([state.value for state in ACTIVE])
+    return one_of(tables.job.c.state, ACTIVE)
 
 
 def has_pending() -> ColumnElement[bool]:
     """Of a job in a query: whether one of its shards waits for a device."""
-    return _has_one([ShardState.PENDING.value])
+    return _has_one([ShardState.PENDING])
 
 
-def _has_one(states: Sequence[str]) -> ColumnElement[bool]:
+def _has_one(states: Iterable[ShardState]) -> ColumnElement[bool]:
     shard = tables.shard.c
-    return select(shard.id).where(shard.job_id == tables.job.c.id, shard.state.in_(states)).exists()
+    return select(shard.id).where(shard.job_id == tables.job.c.id, one_of(shard.state, states)).exists()
 
 
 def suits() -> ColumnElement[bool]:
@@ -163,7 +165,7 @@ def suiting(device: Device) -> Mapping[str, Any]:
     return {"backends": device.backends, "soc": device.soc, "named": f"%,{name},%", "host": device.host}
 
 
-_FINISHED_BUT_OPEN = select(tables.job.c.id).where(is_active(), ~_has_one([state.value for state in UNFINISHED]))
+_FINISHED_BUT_OPEN = select(tables.job.c.id).where(is_active(), ~_has_one(UNFINISHED))
 
 
 def unfit_hosts(conn: Connection, job_id: int | None = None) -> list[Unfit]:
@@ -186,7 +188,7 @@ def fit_again(conn: Connection, database: Database, job_id: int, host: str) -> N
 
 def progress(conn: Connection, job_id: int) -> Progress:
     shard, attempt, result = tables.shard.c, tables.attempt.c, tables.result.c
-    is_open = shard.state.in_([state.value for state in UNFINISHED])
+    is_open = one_of(shard.state, UNFINISHED)
     finished, shards, open_shards = conn.execute(
         select(
             func.coalesce(func.sum(_if(shard.state == ShardState.DONE.value, shard.stop - shard.start)), 0),
@@ -199,9 +201,7 @@ def progress(conn: Connection, job_id: int) -> Progress:
             result.job_id == job_id, result.superseded == 0, result.state == ResultState.FAILED.value
         )
     )
-    live = conn.scalar(
-        select(func.count()).where(attempt.job_id == job_id, attempt.state.in_([state.value for state in LIVE]))
-    )
+    live = conn.scalar(select(func.count()).where(attempt.job_id == job_id, one_of(attempt.state, LIVE)))
     return Progress(
         job=get(conn, job_id),
         finished_samples=int(finished),
@@ -235,12 +235,12 @@ def _end(
         return False
     conn.execute(  # before the attempts: one that is being made becomes visible when its shard is free
         update(tables.shard)
-        .where(tables.shard.c.job_id == job_id, tables.shard.c.state.in_([s.value for s in UNFINISHED]))
+        .where(tables.shard.c.job_id == job_id, one_of(tables.shard.c.state, UNFINISHED))
         .values(state=shard_state.value)
     )
     conn.execute(
         update(tables.attempt)
-        .where(tables.attempt.c.job_id == job_id, tables.attempt.c.state.in_([s.value for s in LIVE]))
+        .where(tables.attempt.c.job_id == job_id, one_of(tables.attempt.c.state, LIVE))
         .values(state=AttemptState.LOST.value, ended=now, reason=f"job {state.value}")
     )
     events.record(conn, now, f"job_{state.value}", error, job_id=job_id)

@@ -11,8 +11,7 @@ from db import jobs, tables
 from db.jobs import Progress
 from farm.jobs import LIVE, AttemptState, Job, JobState, ResultState, ShardState, Verdict
 
-_LIVE = [state.value for state in LIVE]
-_BROKEN = [state.value for state in (AttemptState.FAILED, AttemptState.LOST, AttemptState.FENCED)]
+_BROKEN = (AttemptState.FAILED, AttemptState.LOST, AttemptState.FENCED)
 
 a = tables.attempt.c
 c = tables.canary.c
@@ -100,7 +99,7 @@ def progress(conn: Connection, found: Sequence[Job]) -> list[Progress]:
     )
     counted = {(row[0], row[1]): (row[2], int(row[3])) for row in conn.execute(by_state)}
     failed = _counts(conn, r.job_id, and_(r.job_id.in_(ids), r.superseded == 0, r.state == ResultState.FAILED.value))
-    live = _counts(conn, a.job_id, and_(a.job_id.in_(ids), a.state.in_(_LIVE)))
+    live = _counts(conn, a.job_id, and_(a.job_id.in_(ids), tables.one_of(a.state, LIVE)))
     return [
         Progress(
             job=job,
@@ -120,7 +119,7 @@ def _counts(conn: Connection, by: ColumnElement[int], which: ColumnElement[bool]
 
 def live(conn: Connection) -> list[Attempt]:
     """Every attempt that may still win, of all jobs."""
-    return _attempts(conn, a.state.in_(_LIVE))
+    return _attempts(conn, tables.one_of(a.state, LIVE))
 
 
 def won_since(conn: Connection, job_ids: Collection[int], since: float) -> list[Attempt]:
@@ -129,7 +128,7 @@ def won_since(conn: Connection, job_ids: Collection[int], since: float) -> list[
 
 def broken(conn: Connection, job_ids: Collection[int], limit: int | None = None) -> list[Attempt]:
     """Attempts whose work did not count, the newest `limit`, newest last."""
-    return _attempts(conn, and_(a.job_id.in_(job_ids), a.state.in_(_BROKEN)), newest=a.id, limit=limit)
+    return _attempts(conn, and_(a.job_id.in_(job_ids), tables.one_of(a.state, _BROKEN)), newest=a.id, limit=limit)
 
 
 def transitions(conn: Connection, job_id: int | None, limit: int) -> list[Attempt]:
@@ -217,7 +216,7 @@ def verdicts(conn: Connection) -> dict[str, str]:
 
 def lost(conn: Connection, job_id: int) -> dict[str, int]:
     """How many attempts were taken away from their devices for what reason."""
-    which = and_(a.job_id == job_id, a.state.in_([AttemptState.LOST.value, AttemptState.FENCED.value]))
+    which = and_(a.job_id == job_id, tables.one_of(a.state, [AttemptState.LOST, AttemptState.FENCED]))
     rows = conn.execute(select(a.reason, func.count()).where(which).group_by(a.reason).order_by(a.reason))
     return {row[0]: row[1] for row in rows}
 

@@ -55,7 +55,7 @@ def resume(conn: Connection, database: Database, job_id: int) -> int:
     _go_on(conn, database, job_id, _STOPPED, "resumed by its user")
     left: int = conn.execute(
         update(tables.shard)
-        .where(s.job_id == job_id, s.state.in_([ShardState.FAILED.value, ShardState.CANCELLED.value]))
+        .where(s.job_id == job_id, tables.one_of(s.state, [ShardState.FAILED, ShardState.CANCELLED]))
         .values(state=ShardState.PENDING.value, winner=None, since=_tries())
     ).rowcount
     rows = select(r.attempt_id, func.count().label("rows")).where(r.job_id == job_id, r.superseded == 0)
@@ -128,7 +128,7 @@ def _go_on(conn: Connection, database: Database, job_id: int, states: Sequence[J
     job = tables.job.c
     again = conn.execute(
         update(tables.job)
-        .where(job.id == job_id, job.state.in_([state.value for state in states]))
+        .where(job.id == job_id, tables.one_of(job.state, states))
         .values(state=JobState.RUNNING.value, finished=None, error="")
     )
     if again.rowcount:

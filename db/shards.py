@@ -18,6 +18,7 @@ from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func,
 from db import canaries, devices, events, jobs, results, tables
 from db.devices import Device
 from db.engine import Database, locks_rows
+from db.tables import one_of
 from farm.jobs import (
     LIVE,
     Assignment,
@@ -45,7 +46,6 @@ STREAK = 16
 #: A shard is slow that takes longer than this, and so many times as long as the job's others.
 SLOW_S, SLOW_FACTOR = 2.0, 3.0
 
-_LIVE = [state.value for state in LIVE]
 _BREAKING = (Failure.CRASH.value, Failure.HANG.value, Failure.DATA.value)
 
 a = tables.attempt.c
@@ -97,12 +97,12 @@ _FITTING = _WAITING.where(jobs.suits())
 _WANTING = select(tables.job.c.id).where(jobs.is_active(), jobs.has_pending()).limit(1)
 _WANTING_SOME = _WANTING.where(tables.job.c.devices != "")
 _WANTING_ONE = _WANTING.where(jobs.suits())
-_HELD_BY_ALL = select(a.device, func.count()).where(a.state.in_(_LIVE)).group_by(a.device)
+_HELD_BY_ALL = select(a.device, func.count()).where(one_of(a.state, LIVE)).group_by(a.device)
 _ORPHANS = (
     select(a.id)
     .join(tables.device, d.name == a.device)
     .where(
-        a.state.in_(_LIVE),
+        one_of(a.state, LIVE),
         or_(d.incarnation != a.incarnation, d.state == DeviceState.GONE.value, d.heartbeat < bindparam("horizon")),
     )
     .order_by(a.id)
@@ -123,12 +123,12 @@ _WON = select(a.started, a.ended, s.start, s.stop, a.job_id).join(tables.shard, 
 _WON = _WON.where(a.state == AttemptState.WON.value).order_by(a.id.desc())
 _LATEST_OF_DEVICE = _WON.where(a.device == bindparam("device")).limit(4)
 _LATEST_OF_JOB = _WON.where(a.job_id == bindparam("job")).limit(32)
-_HELD = select(func.count()).where(a.device == bindparam("device"), a.state.in_(_LIVE))
+_HELD = select(func.count()).where(a.device == bindparam("device"), one_of(a.state, LIVE))
 #: Of one attempt: it is this incarnation's of this device, which is to take it up.
 _OWN = and_(a.device == bindparam("me"), a.incarnation == bindparam("mine"))
 _ITS_SHARD = select(a.shard_id).where(a.id == bindparam("attempt"), _OWN)
 _TO_START = and_(_OWN, a.state == AttemptState.ASSIGNED.value)
-_TO_START_AGAIN = and_(_OWN, a.state.in_([AttemptState.ASSIGNED.value, AttemptState.RUNNING.value]))
+_TO_START_AGAIN = and_(_OWN, one_of(a.state, LIVE))
 _STARTS = {
     again: update(tables.attempt)
     .where(a.id == bindparam("attempt"), mine)
@@ -148,12 +148,12 @@ _WIN = (
 )
 _DONE = (
     update(tables.shard)
-    .where(s.id == bindparam("shard"), s.state.in_([state.value for state in jobs.UNFINISHED]))
+    .where(s.id == bindparam("shard"), one_of(s.state, jobs.UNFINISHED))
     .values(state=ShardState.DONE.value, winner=bindparam("attempt"))
 )
 _BEATEN = (
     update(tables.attempt)
-    .where(a.shard_id == bindparam("shard"), a.state.in_(_LIVE))
+    .where(a.shard_id == bindparam("shard"), one_of(a.state, LIVE))
     .values(state=AttemptState.LOST.value, ended=bindparam("now"), reason="another attempt was faster")
 )
 _GIVEN = update(tables.shard).where(s.id == bindparam("shard")).values(state=ShardState.ASSIGNED.value)
@@ -297,7 +297,7 @@ def _turns(conn: Connection, device: Device) -> list[int]:
     equals = [row.id for row in rows if row.priority == rows[0].priority]
     if len(equals) > 1:
         live = dict.fromkeys(equals, 0)
-        counts = select(a.job_id, func.count()).where(a.state.in_(_LIVE), a.job_id.in_(equals)).group_by(a.job_id)
+        counts = select(a.job_id, func.count()).where(one_of(a.state, LIVE), a.job_id.in_(equals)).group_by(a.job_id)
         live |= {row[0]: row[1] for row in conn.execute(counts)}
         newest = select(func.max(a.id)).scalar_subquery()
         past = select(a.job_id).where(a.device == device.name, a.id > newest - 4096).order_by(a.id.desc())
@@ -439,7 +439,7 @@ def _fence(conn: Connection, now: float, assignment: Assignment, device: str, in
             a.id == assignment.attempt_id,
             a.device == device,
             a.incarnation == incarnation,
-            a.state.in_([AttemptState.RUNNING.value, AttemptState.LOST.value]),
+            one_of(a.state, [AttemptState.RUNNING, AttemptState.LOST]),
         )
         .values(state=AttemptState.FENCED.value, ended=func.coalesce(a.ended, now))
     )
@@ -488,7 +488,7 @@ def fail(
     _hold(conn, [assignment.shard_id])
     ended = conn.execute(
         update(tables.attempt)
-        .where(a.id == assignment.attempt_id, a.state.in_(_LIVE))
+        .where(a.id == assignment.attempt_id, one_of(a.state, LIVE))
         .values(state=AttemptState.FAILED.value, ended=now, failure=failure.value, reason=reason)
     )
     if ended.rowcount != 1:
@@ -660,7 +660,7 @@ def _take_back(conn: Connection, database: Database, which: ColumnElement[bool],
     found = conn.execute(
         select(a.id, a.shard_id, a.job_id, a.device, a.assigned, a.started, d.heartbeat)
         .join(tables.device, d.name == a.device)
-        .where(a.state.in_(_LIVE), which)
+        .where(one_of(a.state, LIVE), which)
         .order_by(a.id)
     ).all()
     _hold(conn, [row.shard_id for row in found])
@@ -670,7 +670,7 @@ def _take_back(conn: Connection, database: Database, which: ColumnElement[bool],
         ended = min(now, max(row.heartbeat, row.started or row.assigned))
         lost = conn.execute(
             update(tables.attempt)
-            .where(a.id == row.id, a.state.in_(_LIVE))
+            .where(a.id == row.id, one_of(a.state, LIVE))
             .values(state=AttemptState.LOST.value, ended=ended, reason=reason)
         )
         if lost.rowcount:
@@ -697,11 +697,10 @@ def _hold(
 
 def _reopen(conn: Connection, shard_ids: Sequence[int]) -> None:
     """Back to pending, unless the shard has ended or another attempt of it is live."""
-    other = select(a.id).where(a.shard_id == s.id, a.state.in_(_LIVE)).exists()
-    states = [ShardState.ASSIGNED.value, ShardState.RUNNING.value]
+    other = select(a.id).where(a.shard_id == s.id, one_of(a.state, LIVE)).exists()
     conn.execute(
         update(tables.shard)
-        .where(s.id.in_(shard_ids), s.state.in_(states), ~other)
+        .where(s.id.in_(shard_ids), one_of(s.state, [ShardState.ASSIGNED, ShardState.RUNNING]), ~other)
         .values(state=ShardState.PENDING.value)
     )
 
@@ -796,7 +795,7 @@ def slow(conn: Connection, database: Database, lease_s: float) -> list[Slow]:
         usual = _usual_s(conn, row.job_id) if idle else None
         if usual is None or now - row.started < SLOW_FACTOR * usual * (row.stop - row.start):
             continue
-        live = conn.scalar(select(func.count()).where(a.shard_id == row.shard_id, a.state.in_(_LIVE)))
+        live = conn.scalar(select(func.count()).where(a.shard_id == row.shard_id, one_of(a.state, LIVE)))
         shard = _Pending(row.shard_id, row.job_id, row.idx, row.start, row.stop, row.since)
         other = next((x for x in idle if x.name != row.device and _may_try(conn, shard, x)), None)
         if live == 1 and other is not None:
@@ -814,7 +813,7 @@ def speculate(conn: Connection, database: Database, lease_s: float) -> list[Ring
         # Two that tick must not both do it; one that ends it at this moment is not waited for.
         if conn.execute(select(s.id).where(s.id == each.shard.id).with_for_update(skip_locked=True)).first() is None:
             continue
-        live = conn.execute(select(a.id).where(a.shard_id == each.shard.id, a.state.in_(_LIVE))).scalars().all()
+        live = conn.execute(select(a.id).where(a.shard_id == each.shard.id, one_of(a.state, LIVE))).scalars().all()
         if live != [each.attempt_id]:
             continue
         ring = _attempt(conn, now, each.shard, each.idle, second=True)

@@ -6,10 +6,14 @@ The tables. Times are seconds since the epoch by the database's clock (`db.engin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from enum import Enum
+
 from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Double,
     ForeignKey,
     Index,
@@ -22,6 +26,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     false,
+    literal_column,
 )
 
 SCHEMA_REVISION = "0004"
@@ -195,3 +200,8 @@ event = Table(
     Column("text", Text, nullable=False, server_default=""),
     Index(None, "job_id", "id"),
 )
+
+
+def one_of(column: ColumnElement[str], states: Iterable[Enum]) -> ColumnElement[bool]:
+    """Whether a column holds one of these; as literals, for a list of values is put into the text at each execution."""
+    return column.in_([literal_column(f"'{state.value}'") for state in states])

@@ -21,9 +21,9 @@ from farm.errors import StorageError
 from farm.jobs import Job
 from farm.settings import Settings
 
-#: Between looks at the job's state, which is one cheap row, and between counts, which are not; and how much of the time
-#: that has passed may be lost by looking late.
-POLL_S, COUNT_S, LATE = 0.1, 0.5, 0.005
+#: Between looks at the job's state, which is one cheap row, and between counts, which are not; how much of the time
+#: that has passed may be lost by looking late; and how much of what seems to be left passes until the next look.
+POLL_S, COUNT_S, LATE, AHEAD = 0.1, 0.5, 0.005, 0.1
 #: Between lines, and counts, where there is no terminal; and between looks whether the farm is still there.
 SAY_S, KEEP_S = 5.0, 1.0
 #: Between looks at a database that does not answer.
@@ -52,14 +52,20 @@ def follow(
         now = patient(lambda: _progress(database, job_id))
         task = bar.add_task(str(now.job), total=now.job.spec.samples, rate="", note="")
         began, first, said = monotonic(), now.finished_samples, monotonic()
-        wait_s = COUNT_S if not bar.disable else KEEP_S
-        while not patient(lambda: _ended_within(wait_s, max(POLL_S, LATE * (monotonic() - began)), database, job_id)):
+        wait_s, ends = COUNT_S if not bar.disable else KEEP_S, 0.0
+
+        def ended() -> bool:
+            at = monotonic()
+            return _ended_within(wait_s, max(POLL_S, LATE * (at - began), AHEAD * (ends - at)), database, job_id)
+
+        while not patient(ended):
             keep_farm()
             if bar.disable and monotonic() - said < SAY_S:
                 continue
             now, note = patient(lambda: watch.look(job_id))
             said, done = monotonic(), now.finished_samples
             rate = (done - first) / (said - began)
+            ends = said + (now.job.spec.samples - done) / rate if rate else 0.0
             if now.failed_samples:
                 note = f"{now.failed_samples} failed {note}"
             bar.update(task, completed=done, rate=f"{rate:.1f}/s", note=note)
