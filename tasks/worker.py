@@ -63,8 +63,8 @@ T = TypeVar("T")
 
 #: Share of a host's memory that its devices' buffers may take.
 MOST_MEMORY = 0.75
-#: Seconds between Celery's heartbeats, which only Flower reads.
-FLOWERS_HEARTBEAT_S = 5.0
+#: Heartbeats of ours to one of Celery's, which only Flower reads.
+FLOWERS_TURN = 2.5
 #: Batches before those that are timed, for the first ones allocate and compile.
 WARM_UP = 1
 
@@ -125,7 +125,7 @@ class DeviceWorker:
             without_gossip=True,
             without_mingle=True,
             task_events=True,
-            heartbeat_interval=FLOWERS_HEARTBEAT_S,
+            heartbeat_interval=FLOWERS_TURN * self._settings.heartbeat_s,
             loglevel="WARNING",
             quiet=True,
         )
