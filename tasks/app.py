@@ -63,7 +63,7 @@ def make_app(broker_url: str) -> Celery:
         worker_cancel_long_running_tasks_on_connection_loss=False,
         worker_pool="threads",
         worker_concurrency=1,
-        worker_send_task_events=True,  # none of sending, for Flower would list each command that submits as a worker
+        worker_send_task_events=True,  # none of sending: each command would come as another worker
         worker_hijack_root_logger=False,
         task_create_missing_queues=True,
         task_publish_retry_policy={"max_retries": 2, "interval_start": 0.1, "interval_step": 0.2, "interval_max": 0.5},

@@ -232,7 +232,6 @@ def test_metrics_and_the_brokers_memory_do_not_grow_with_shards(
     wait_for(acknowledged, 20, "all is acknowledged")
     series_before, keys_before = series(), keys()
     assert 10 < len(series_before) < 100
-    assert set(re.findall(r'worker="([^"]*)"', "".join(series_before))) == {WORKER}  # and nobody who sends
     assert 1 < len(keys_before) < 10
 
     for attempt_id in range(10_000, 11_000):
