@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from farm.data import manifest
-from tests.acceptance.conftest import Farm, assert_one_row_a_sample
+from tests.acceptance.conftest import Farm, assert_one_row_a_sample, wait_for
 from tests.datasets import name_of, write_bins
 
 COUNT = 96
@@ -86,6 +86,21 @@ def test_a_device_that_fails_everything_is_quarantined_and_worked_around(faulty:
     assert report["state"] == "done"
     assert [line["device"] for line in report["devices"]] == ["localhost:0"]
     assert "quarantined" in faulty.run("status", "1").stdout
+
+
+def test_a_hang_that_outlasts_its_attempt_is_a_strike_all_the_same(faulty: Farm, tmp_path: Path) -> None:
+    """The other device has done the shard, and the job is over, when the deadline passes: only the heartbeat can tell."""
+    once = tmp_path / "once"
+    simulate(faulty, {"kind": "hang", "device": "localhost:1", "batch": 3, "once": str(once)})
+    faulty.env |= {"FARM_DEADLINE_S": "7", "FARM_HEARTBEAT_S": "0.3"}
+    faulty.run("up")
+    report = submit(faulty)
+    strikes = "SELECT strikes FROM device WHERE name = 'localhost:1'"
+    assert once.exists()
+    assert (report["state"], faulty.sql(strikes)) == ("done", [(0,)])
+    wait_for(lambda: faulty.sql(strikes) == [(1,)], 20, "localhost:1 gets its strike")
+    assert "attempt_hang" in faulty.run("events", str(report["job"])).stdout
+    faulty.run("down")
 
 
 def test_what_every_device_refuses_fails_the_job_and_quarantines_none(faulty: Farm) -> None:
