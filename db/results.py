@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import Connection, func, select, text
 from sqlalchemy import insert as sql_insert
@@ -25,9 +25,8 @@ _SCORES = [f"score{i}" for i in range(1, _K + 1)]
 _STATES = {state.value: state for state in ResultState}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """A result row as reports use it."""
+class Row(NamedTuple):
+    """A result row as reports use it. A tuple: a report makes one of each sample."""
 
     name: str
     state: ResultState
@@ -124,19 +123,10 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
     if state is not None:
         query = query.where(r.state == state.value)
     _take_time(conn)
-    for name, state_, label, rank, reason, device, sha256, *best in conn.execute(query):
-        classified = rank is not None
-        yield Row(
-            name=name,
-            state=_STATES[state_],
-            label=label,
-            rank=rank,
-            classes=tuple(best[:_K]) if classified else (),
-            scores=tuple(best[_K:]) if classified else (),
-            sha256=sha256,
-            reason=reason,
-            device=device,
-        )
+    for some in conn.execute(query).partitions(1000):
+        for name, state_, label, rank, reason, device, sha256, *best in some:
+            classes, scores = (tuple(best[:_K]), tuple(best[_K:])) if rank is not None else ((), ())
+            yield Row(name, _STATES[state_], label, rank, classes, scores, sha256, reason, device)
 
 
 def _take_time(conn: Connection) -> None:

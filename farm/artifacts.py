@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -131,14 +132,16 @@ def stored(data_dir: Path, model: str) -> Iterator[Artifact]:
         yield read_sidecar(path)
 
 
-def simulated(spec: ModelSpec, bs: int, head: str = "", soc: str = "cpu") -> Artifact:
-    """What a simulated device "runs": no file, an identity all the same, and another one for another chip."""
+def simulated(spec: ModelSpec, bs: int, head: str = "", soc: str = "cpu", dtype: str | None = None) -> Artifact:
+    """What a simulated device "runs": no file, an identity all the same, and another one for another chip or input."""
     output = spec.output_of(head)
-    chip = "" if soc == "cpu" else f" {soc}"
-    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {output.shape}{chip}".encode()).hexdigest()
+    given = spec.input if dtype is None else replace(spec.input, dtype=dtype)
+    other = "" if soc == "cpu" else f" {soc}"
+    other += "" if given == spec.input else f" {dtype}"
+    sha256 = hashlib.sha256(f"simulated {spec.name} bs{bs} {output.shape}{other}".encode()).hexdigest()
     return Artifact(
         model=spec.name, bs=bs, backend="simulated", soc=soc, file="", sha256=sha256, head=head,
-        input=TensorInfo.of(spec.input, bs), output=TensorInfo.of(output, bs),
+        input=TensorInfo.of(given, bs), output=TensorInfo.of(output, bs),
     )  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def choose(
     if backend == "simulated":
         if wanted:
             raise UsageError("--artifact does not go with --backend simulated, which runs no file")
-        return simulated(spec, bs, head or next(iter(spec.heads), ""), soc)
+        return simulated(spec, bs, head or next(iter(spec.heads), ""), soc, dtype)
     everything = list(stored(data_dir, spec.name))
     fitting = [a for a in everything if a.bs == bs and backend in (None, a.backend) and head in (None, a.head)]
     fitting = [a for a in fitting if dtype in (None, a.input.dtype)]
@@ -174,10 +177,12 @@ def choose(
         return fitting[0]
     if fitting:
         listing = "\n".join(f"  {a}" for a in fitting)
-        several_backends = len({a.backend for a in fitting}) > 1
-        options = " or ".join(
-            ["--artifact SHA", *(["--backend"] if several_backends else []), *(["--head"] if spec.heads else [])]
-        )
+        differing = {
+            "--backend": len({a.backend for a in fitting}) > 1,
+            "--input": len({a.input.dtype for a in fitting}) > 1,
+            "--head": bool(spec.heads),
+        }
+        options = " or ".join(["--artifact SHA", *(name for name, helps in differing.items() if helps)])
         raise UsageError(f"several artifacts of {spec.name} fit bs {bs}; choose one with {options}:\n{listing}")
     exported = ", ".join(sorted({str(a.bs) for a in everything})) or "none"
     raise UsageError(

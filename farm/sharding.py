@@ -35,20 +35,20 @@ def edges(parts: Sequence[int], bs: int) -> list[int]:
     return found
 
 
-def cut(edges: Sequence[int], *, per_shard: int, devices: int) -> list[tuple[int, int]]:
+def cut(edges: Sequence[int], *, per_shard: int, devices: int, per_last: int | None = None) -> list[tuple[int, int]]:
     """
     Half-open (start, stop) runs of samples that cover all from the first edge to the last, in order.
 
     Every boundary is one of `edges`, so a batch holds the same samples however the job is cut. A shard has about
     `per_shard` of the steps between edges and never more than ``samples / (4 * devices)`` samples; in the last fifth
-    sizes fall to a tenth of that, or to one step.
+    sizes fall to a tenth of that, to `per_last` steps where that is less, or to one step.
     """
     if not edges or devices < 1:
         raise ValueError(f"cannot cut {len(edges)} edges for {devices} devices")
     steps = len(edges) - 1
     widest = max((stop - start for start, stop in pairwise(edges)), default=1)
     whole = max(1, min(per_shard, (edges[-1] - edges[0]) // (4 * devices * widest)))
-    least = max(1, int(LEAST * whole))
+    least = max(1, min(int(LEAST * whole), whole if per_last is None else per_last))
     tail = steps * TAIL
     shards = []
     step = 0

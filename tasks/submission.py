@@ -24,7 +24,9 @@ from workers.devices import LocalDevice, usable
 UNKNOWN_FPS = 10.0
 #: A device does about so many shards of a long job: what a shard costs beside its samples is spread over more of them,
 #: up to so many times the usual length.
-SHARDS_EACH, LONGEST = 10, 2.5
+SHARDS_EACH, LONGEST = 6, 4.0
+#: The last ones of a long job are no longer than so much of the usual length: its devices end as close together.
+LAST = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Request:
     artifact: str | None = None
     backend: str | None = None
     head: str | None = None
+    dtype: str | None = None  #: of the bins
     priority: int = 0
     allow_failed: int = 0
     keep_logits: bool = False
@@ -91,9 +94,9 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
         data = manifest.read(directory)
     except DataError as exc:
         truth = "--labels val_label.txt" if spec.dataset == "imagenet" else "--annotations DIR"
-        hint = f"farm prepare {spec.name} --images DIR {truth}"
-        hint += "" if artifact.input.dtype == "float32" else f" --input {artifact.input.dtype}"
-        hint += f", or farm prepare {spec.name} --synthetic 2000" if artifact.backend == "simulated" else ""
+        kind = "" if artifact.input.dtype == "float32" else f" --input {artifact.input.dtype}"
+        hint = f"farm prepare {spec.name} --images DIR {truth}{kind}"
+        hint += f", or farm prepare {spec.name} --synthetic 2000{kind}" if artifact.backend == "simulated" else ""
         raise DataError(f"{exc} ({hint})" if "run farm prepare" in str(exc) else str(exc)) from exc
     samples = len(data.samples) if request.limit is None else min(request.limit, len(data.samples))
     if samples < 1:
@@ -145,6 +148,7 @@ def choose(settings: Settings, database: Database, spec: ModelSpec, request: Req
         backend=request.backend or _usual_backend({backends for backends, _ in there}),
         wanted=request.artifact,
         head=request.head,
+        dtype=request.dtype,
         soc=simulated.pop() if len(simulated) == 1 else "cpu",
     )
 
@@ -186,7 +190,12 @@ def _shards(parts: Sequence[int], bs: int, fps: float, devices: int, shard_s: fl
     a_step = sum(parts) / (len(edges) - 1)
     share_s = sum(parts) / fps / devices
     seconds = max(shard_s, min(LONGEST * shard_s, share_s / SHARDS_EACH))
-    return sharding.cut(edges, per_shard=int(seconds * fps / a_step), devices=devices)
+    return sharding.cut(
+        edges,
+        per_shard=int(seconds * fps / a_step),
+        devices=devices,
+        per_last=int(LAST * shard_s * fps / a_step),
+    )
 
 
 def submit(database: Database, plans: Sequence[Plan]) -> list[Job]:

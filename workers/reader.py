@@ -11,6 +11,9 @@ from farm.data.manifest import UNPREPARED, Sample, bin_file, window_paths
 from farm.errors import DataError
 from workers.backends.base import Array
 
+#: Room for a byte that a bin should not have.
+_BEYOND = bytearray(1)
+
 
 def read_bin(directory: Path, sample: Sample, out: Array, part: int = 0) -> None:
     """
@@ -24,21 +27,19 @@ def read_bin(directory: Path, sample: Sample, out: Array, part: int = 0) -> None
     if windows := sample.windows:
         path, xxh3 = window_paths(directory, sample.name, windows)[part], windows.xxh3[part]
     else:
-        path, xxh3 = os.path.join(directory, bin_file(sample.name)), sample.xxh3
+        path, xxh3 = f"{directory}/{bin_file(sample.name)}", sample.xxh3
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as exc:
         raise DataError(f"{exc.strerror}: {path}. Run farm prepare again.") from exc
+    target, done, got = out.data.cast("B"), 0, 1
     try:
-        size = os.fstat(descriptor).st_size
-        if size != out.nbytes:
-            raise DataError(f"bin has {size} bytes, expected {out.nbytes}: {path}. Run farm prepare again.")
-        target, done = out.data.cast("B"), 0
-        while done < out.nbytes:
-            got = os.preadv(descriptor, [target[done:]], done)
-            if got == 0:
-                raise DataError(f"bin ended at byte {done} while it was read: {path}")
+        while got and done < out.nbytes:
+            got = os.preadv(descriptor, [target[done:], _BEYOND], done)
             done += got
+        if done != out.nbytes:
+            size = os.fstat(descriptor).st_size
+            raise DataError(f"bin has {size} bytes, expected {out.nbytes}: {path}. Run farm prepare again.")
     except OSError as exc:
         raise DataError(f"{exc.strerror}: {path}") from exc
     finally:

@@ -10,6 +10,9 @@ import typer
 
 from farm.errors import UsageError
 
+Input = Annotated[
+    str | None, typer.Option("--input", metavar="float32|uint8", help="Type of the bins that the model takes.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Use NPUs that are sick, or in use by others, all the same.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -29,6 +32,11 @@ def batch_sizes(text: str) -> list[int]:
 def check_backend(backend: str | None) -> None:
     if backend not in (None, "acl", "ort", "simulated"):
         raise UsageError(f"--backend {backend}: expected acl, ort or simulated")
+
+
+def check_input(dtype: str | None) -> None:
+    if dtype not in (None, "float32", "uint8"):
+        raise UsageError(f"--input {dtype}: expected float32 or uint8")
 
 
 def names(text: str | None) -> tuple[str, ...]:

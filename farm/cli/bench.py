@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, check_backend, names
+from farm.cli.arguments import Input, batch_sizes, check_backend, check_input, names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,6 +35,7 @@ def bench(
     artifact: Annotated[str | None, typer.Option(help="sha256 (or its beginning) or file, where several fit.")] = None,
     backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
+    input_dtype: Input = None,
     as_json: Annotated[bool, typer.Option("--json", help="A list on stdout.")] = False,
 ) -> None:
     """Time pure inference on every device: copy to it, compute, copy back; device fps by the guides' formula.
@@ -51,7 +52,9 @@ def bench(
 
     settings, sizes = load_settings(), batch_sizes(bs)
     check_backend(backend)
+    check_input(input_dtype)
     wanted: dict[str, Any] = {"devices": names(devices), "artifact": artifact, "backend": backend, "head": head}
+    wanted["dtype"] = input_dtype
     console = Console(stderr=True)
     speeds: list[dict[str, Any]] = []
     with farm(settings, console) as (database, keep_farm):

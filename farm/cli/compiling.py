@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from farm.cli.arguments import batch_sizes
+from farm.cli.arguments import Input, batch_sizes, check_input
 from farm.errors import UsageError
 
 if TYPE_CHECKING:
@@ -28,9 +28,7 @@ def compile_(
     bs: Annotated[str, typer.Option(help="Batch sizes, one file each: 1,4,8.")] = "1",
     soc: Annotated[str, typer.Option(help="The chip: Ascend, and what npu-smi info says.")] = "Ascend310P3",
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
-    input_dtype: Annotated[
-        str | None, typer.Option("--input", metavar="float32|uint8", help="What the exported graph takes.")
-    ] = None,
+    input_dtype: Input = None,
     artifact: Annotated[
         str | None, typer.Option(help="The exported graph, where several fit: sha256 (or its beginning) or file.")
     ] = None,
@@ -48,6 +46,7 @@ def compile_(
 
     if only_print and as_json:
         raise UsageError("--print is for a shell, --json for machines: choose one")
+    check_input(input_dtype)
     settings, spec, sizes = load_settings(), zoo.get(model), batch_sizes(bs)
     orders = compiled.orders(
         spec, sizes, settings.data_dir, soc=soc, wanted=artifact, head=head, dtype=input_dtype, options=options or ()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, check_backend, names
+from farm.cli.arguments import Input, batch_sizes, check_backend, check_input, names
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,6 +43,7 @@ def submit(
     artifact: Annotated[str | None, typer.Option(help="sha256 (or its beginning) or file, where several fit.")] = None,
     backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
+    input_dtype: Input = None,
     allow_failed: Annotated[int, typer.Option(min=0, help="Exit 0 with up to N failed samples.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the job would be and what is missing.")] = False,
     priority: Annotated[int, typer.Option(help="Higher goes first; equals share the devices.")] = 0,
@@ -59,6 +60,7 @@ def submit(
 
     settings = load_settings()
     check_backend(backend)
+    check_input(input_dtype)
     sizes = batch_sizes(bs)
     wanted = {
         "model": model,
@@ -67,6 +69,7 @@ def submit(
         "artifact": artifact,
         "backend": backend,
         "head": head,
+        "dtype": input_dtype,
         "priority": priority,
         "allow_failed": allow_failed,
         "keep_logits": keep_logits,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farm.cli.arguments import batch_sizes, check_backend, names
+from farm.cli.arguments import Input, batch_sizes, check_backend, check_input, names
 from farm.cli.bench import MOST_BATCHES
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def suite(
     loop: Annotated[int, typer.Option(min=2, max=MOST_BATCHES, help="Timed batches a device.")] = 20,
     devices: Annotated[str | None, typer.Option(help="Only these: host:0,host:1.")] = None,
     head: Annotated[str | None, typer.Option(help="Of swin: full, small or deployed.")] = None,
+    input_dtype: Input = None,
     backend: Annotated[str | None, typer.Option(help="acl, ort or simulated.")] = None,
     form: Annotated[str, typer.Option("--format", help="table, md, json or csv.")] = "table",
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what was measured before.")] = False,
@@ -55,7 +56,8 @@ def suite(
         raise UsageError(f"--format {form}: expected {', '.join(FORMATS)}")
     settings, console = load_settings(), Console(stderr=True)
     check_backend(backend)
-    wanted = {"limit": limit, "devices": names(devices), "head": head, "backend": backend}
+    check_input(input_dtype)
+    wanted = {"limit": limit, "devices": names(devices), "head": head, "backend": backend, "dtype": input_dtype}
     cells = _cells(models, batch_sizes(bs) if bs else None)
     if dry_run:
         from db.engine import open_database

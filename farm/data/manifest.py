@@ -289,7 +289,7 @@ def _check(manifest: Manifest) -> None:
                 f"line {number}: sample {sample.name} has {len(windows.xxh3)} windows, expected "
                 f"{len(slide.windows(windows.resized))} of {windows.resized.height} x {windows.resized.width} pixels"
             )
-        if number > 2 and sample.name.encode() <= before.encode():
+        if number > 2 and sample.name <= before:  # as their bytes in UTF-8, which are in the order of code points
             raise DataError(
                 f"line {number}: sample {sample.name} comes after {before}, expected ascending names, each once"
             )

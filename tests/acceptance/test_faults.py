@@ -89,7 +89,7 @@ def test_a_device_that_fails_everything_is_quarantined_and_worked_around(faulty:
 
 
 def test_a_hang_that_outlasts_its_attempt_is_a_strike_all_the_same(faulty: Farm, tmp_path: Path) -> None:
-    """The other device has done the shard, and the job is over, when the deadline passes: only the heartbeat can tell."""
+    """The other device has done the shard, and the job is over, when the deadline passes: the heartbeat has to tell."""
     once = tmp_path / "once"
     simulate(faulty, {"kind": "hang", "device": "localhost:1", "batch": 3, "once": str(once)})
     faulty.env |= {"FARM_DEADLINE_S": "7", "FARM_HEARTBEAT_S": "0.3"}

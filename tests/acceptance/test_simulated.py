@@ -49,6 +49,22 @@ def test_a_job_needs_no_artifact_and_says_that_it_is_simulated(farm: Farm) -> No
     assert "of made-up samples: no accuracy here is real" in shown
 
 
+def test_chips_take_pixels_where_they_are_asked_to(farm: Farm) -> None:
+    missing = farm.run("submit", "conformer", "--bs", "8", "--input", "uint8", code=1).stderr
+    assert "farm prepare conformer --synthetic 2000 --input uint8" in missing
+    farm.run("prepare", "conformer", "--synthetic", str(COUNT), "--input", "uint8")
+
+    dry = farm.json("submit", "conformer", "--bs", "8", "--input", "uint8", "--dry-run")
+    report = farm.submit("--bs", "8", "--input", "uint8", model="conformer")
+
+    assert dry["bytes"] == COUNT * 3 * 224 * 224
+    assert report["samples"] == {"total": COUNT, "scored": COUNT, "failed": 0}
+    assert (report["provenance"]["artifact"]["input"]["dtype"], report["artifact"]) == ("uint8", dry["artifact"])
+    assert report["digest"] != farm.submit("--bs", "8", model="conformer")["digest"]
+    speed = json.loads(farm.run("bench", "conformer", "--bs", "8", "--input", "uint8", "--json").stdout)
+    assert {line["artifact"] for line in speed} == {dry["artifact"]}
+
+
 def test_what_works_on_a_classifier_loads_nothing_for_pictures_or_models(farm: Farm) -> None:
     farm.submit("--bs", "8", model="conformer")
 

@@ -1,7 +1,8 @@
 """
 How busy the farm keeps simulated devices, and what of the host it takes.
 
-    python -m tests.benchmarks.utilisation [--devices 8] [--model lvvit] [--bs 4] [--seconds 20] [--cluster] [--short]
+    python -m tests.benchmarks.utilisation [--devices 8] [--model lvvit] [--bs 4] [--input float32] [--seconds 20]
+        [--samples N] [--rounds 1] [--cluster] [--short]
 
 The limit is the devices': so many of them times the reference's device fps, copies left out. The peers are, in the same
 run, the published way (one process that reads bins, runs a batch and writes its scores as text) and, for what CPU a
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--model", default="lvvit")
     parser.add_argument("--bs", type=int, default=4)
+    parser.add_argument("--input", default="float32", choices=["float32", "uint8"], help="type of the bins")
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--samples", type=int, help="instead of so many as take --seconds")
     parser.add_argument("--rounds", type=int, default=1)
@@ -81,16 +83,17 @@ def main() -> None:
     samples = arguments.samples or int(ideal * arguments.seconds) // arguments.bs * arguments.bs
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as servers:
         home = Path(scratch) / "home"
-        made_up.make(recipes.get(spec.recipe, "float32"), home / "data", samples)
+        directory = made_up.make(recipes.get(spec.recipe, arguments.input), home / "data", samples).directory
         env = dict(_servers(servers)) if arguments.cluster else {}
         env |= {"FARM_HOME": str(home), "FARM_SIMULATE": f"{arguments.devices}x310P3", "FARM_SIMULATED": NO_COPIES}
         with _farm_of(env, arguments.devices) as up_s:
             bare = _memory(env)
             rounds = [
-                _round(env, spec.name, arguments.bs, samples, arguments.devices) for _ in range(arguments.rounds + 1)
+                _round(env, spec.name, arguments.bs, directory, samples, arguments.devices)
+                for _ in range(arguments.rounds + 1)
             ]
         cold, *warm = rounds
-        peer = _published(home, spec.name, arguments.bs)
+        peer = _published(directory, spec.name, arguments.bs)
     memory = {name: mb / arguments.devices for name, mb in bare.items()}
     print(json.dumps(_summary(arguments, ideal, samples, up_s, cold, warm, peer, memory)))
 
@@ -126,6 +129,7 @@ def _summary(
         "devices": arguments.devices,
         "model": arguments.model,
         "bs": arguments.bs,
+        "input": arguments.input,
         "samples": samples,
         "cluster": arguments.cluster,
         "ideal_fps": ideal,
@@ -170,12 +174,14 @@ def _farm_of(env: Mapping[str, str], devices: int) -> Iterator[float]:
                 service.wait(60)
 
 
-def _round(env: Mapping[str, str], model: str, bs: int, samples: int, devices: int) -> dict[str, float]:
-    fps = zoo.get(model).reference_fps[bs]
-    bare = [_bare_ring(env, model, devices, bs, 1000 * bs / fps)]
+def _round(
+    env: Mapping[str, str], model: str, bs: int, directory: Path, samples: int, devices: int
+) -> dict[str, float]:
+    fps, dtype = zoo.get(model).reference_fps[bs], directory.name.rpartition("-")[2]
+    bare = [_bare_ring(directory, devices, bs, 1000 * bs / fps)]
     ideal_s, began = samples / (devices * fps), perf_counter()
     command = subprocess.Popen(
-        [FARM, "submit", model, "--bs", str(bs), "--limit", str(samples), "--json"],
+        [FARM, "submit", model, "--bs", str(bs), "--input", dtype, "--limit", str(samples), "--json"],
         env={**os.environ, **env},
         stdout=subprocess.PIPE,
         text=True,
@@ -195,7 +201,7 @@ def _round(env: Mapping[str, str], model: str, bs: int, samples: int, devices: i
     measured = _samples(attempts, first, last)
     cpu = {f"cpu_ms_{kind}": 1000 * (seconds - before[kind]) / measured for kind, seconds in after.items()}
     gaps = _gaps_ms(attempts, *steady)
-    bare.append(_bare_ring(env, model, devices, bs, 1000 * bs / fps))  # the machine is another by the minute
+    bare.append(_bare_ring(directory, devices, bs, 1000 * bs / fps))  # the machine is another by the minute
     bare_ms = statistics.fmean(each["cpu_ms"] for each in bare)
     found = {
         "steady_fps": _samples(attempts, *steady) / (steady[1] - steady[0]),
@@ -215,16 +221,15 @@ def _round(env: Mapping[str, str], model: str, bs: int, samples: int, devices: i
     return found
 
 
-def _published(home: Path, model: str, bs: int) -> dict[str, float]:
+def _published(directory: Path, model: str, bs: int) -> dict[str, float]:
     """One device driven in sequence: read, run, write text. `busy` is the device's share of the time."""
-    directory = home / "data" / "bins" / f"{zoo.get(model).recipe}-float32"
     paths = sorted(directory.glob("*.bin"))[: 60 * bs]
     scores = np.random.default_rng(0).standard_normal((bs, 1000), dtype=np.float32)
     seconds = bs / zoo.get(model).reference_fps[bs]
     with tempfile.TemporaryDirectory() as out:
         began, running = perf_counter(), 0.0
         for first in range(0, len(paths), bs):
-            batch = np.stack([np.fromfile(path, np.float32) for path in paths[first : first + bs]])
+            batch = np.stack([np.fromfile(path, np.uint8) for path in paths[first : first + bs]])
             start = perf_counter()
             sleep(seconds)
             running += perf_counter() - start
@@ -234,8 +239,7 @@ def _published(home: Path, model: str, bs: int) -> dict[str, float]:
     return {"fps": len(paths) / took, "busy": running / took, "batch_bytes": float(batch.nbytes)}
 
 
-def _bare_ring(env: Mapping[str, str], model: str, devices: int, bs: int, batch_ms: float) -> dict[str, float]:
-    directory = Path(env["FARM_HOME"]) / "data" / "bins" / f"{zoo.get(model).recipe}-float32"
+def _bare_ring(directory: Path, devices: int, bs: int, batch_ms: float) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",

@@ -36,8 +36,15 @@ def store(data_dir: Path, *stored: Artifact) -> None:
         artifacts.write_sidecar(directory, artifact)
 
 
-def choose(data_dir: Path, *, bs: int = 1, backend: str | None = None, wanted: str | None = None) -> Artifact:
-    return artifacts.choose(data_dir, LVVIT, bs, backend=backend, wanted=wanted)
+def choose(
+    data_dir: Path, *, bs: int = 1, backend: str | None = None, wanted: str | None = None, dtype: str | None = None
+) -> Artifact:
+    return artifacts.choose(data_dir, LVVIT, bs, backend=backend, wanted=wanted, dtype=dtype)
+
+
+def of_pixels(bs: int = 1, **changes: object) -> Artifact:
+    """An artifact that takes uint8."""
+    return artifact_of(bs=bs, input=TensorInfo(name="image", dtype="uint8", shape=(bs, 3, 224, 224)), **changes)
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, (1 << 20) + 1])
@@ -154,6 +161,16 @@ def test_a_graph_and_what_was_compiled_from_it_are_chosen_between_by_backend(tmp
         choose(tmp_path)
 
 
+def test_artifacts_that_take_other_bins_are_chosen_between_by_input(tmp_path: Path) -> None:
+    store(tmp_path, artifact_of(file="a.onnx"), of_pixels(file="b.onnx"))
+
+    with pytest.raises(
+        UsageError, match=r"(?s)choose one with --artifact SHA or --input:.*b\.onnx \(ort, .*input uint8"
+    ):
+        choose(tmp_path)
+    assert [choose(tmp_path, dtype=dtype).file for dtype in ("float32", "uint8")] == ["a.onnx", "b.onnx"]
+
+
 def test_an_artifact_for_npus_is_made_by_compiling(tmp_path: Path) -> None:
     store(tmp_path, artifact_of())
 
@@ -213,6 +230,14 @@ def test_a_simulated_artifact_has_the_models_tensors() -> None:
     artifact = artifacts.simulated(LVVIT, 4)
 
     assert (artifact.input.shape, artifact.output.shape) == ((4, 3, 224, 224), (4, 1000))
+
+
+def test_a_simulated_artifact_takes_the_bins_it_is_asked_to(tmp_path: Path) -> None:
+    usual, named, pixels = (choose(tmp_path, backend="simulated", dtype=dtype) for dtype in (None, "float32", "uint8"))
+
+    assert usual == named
+    assert (usual.input.dtype, pixels.input.dtype) == ("float32", "uint8")
+    assert usual.sha256 != pixels.sha256
 
 
 def test_a_sidecar_of_a_newer_version_with_other_fields_asks_for_a_newer_farm(tmp_path: Path) -> None:

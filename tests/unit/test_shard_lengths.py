@@ -2,23 +2,31 @@
 
 import pytest
 
-from tasks.submission import LONGEST, SHARDS_EACH, _shards
+from tasks.submission import LAST, LONGEST, SHARDS_EACH, _shards
 
 FPS, SHARD_S = 76.0, 2.0
 
 
-def longest_s(samples: int, devices: int) -> float:
+def seconds(share_s: float, devices: int) -> list[float]:
+    """How long the shards are of a job that gives each device so much work; the last may be short."""
+    samples = int(share_s * FPS) * devices
     cut = _shards([1] * samples, 4, FPS, devices, SHARD_S)
     assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
     assert cut[-1][1] == samples
-    return max(stop - start for start, stop in cut) / FPS
+    return [(stop - start) / FPS for start, stop in cut]
 
 
 @pytest.mark.parametrize("devices", [1, 8, 64])
 def test_shards_of_a_long_job_are_longer_up_to_a_limit(devices: int) -> None:
-    share_s = [5, 20, 40, 50, 1000]
-    found = [longest_s(int(seconds * FPS) * devices, devices) for seconds in share_s]
+    found = [max(seconds(share_s, devices)) for share_s in (5, 12, 24, 48, 1000)]
 
     a_batch = 4 / FPS
-    wanted = [5 / 4, SHARD_S, 40 / SHARDS_EACH, LONGEST * SHARD_S, LONGEST * SHARD_S]
-    assert found == [pytest.approx(seconds, abs=a_batch) for seconds in wanted]
+    wanted = [5 / 4, SHARD_S, 24 / SHARDS_EACH, LONGEST * SHARD_S, LONGEST * SHARD_S]
+    assert found == [pytest.approx(each, abs=a_batch) for each in wanted]
+
+
+@pytest.mark.parametrize("devices", [1, 8, 64])
+def test_the_last_shards_of_a_long_job_are_not(devices: int) -> None:
+    *found, _ = seconds(1000, devices)
+
+    assert min(found) == pytest.approx(LAST * SHARD_S, abs=4 / FPS)

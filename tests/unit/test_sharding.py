@@ -130,6 +130,19 @@ def test_no_shard_but_the_last_is_less_than_a_tenth_of_the_first() -> None:
     assert (sizes[0], min(sizes)) == (150, 15)
 
 
+def test_the_last_ones_are_no_longer_than_is_said() -> None:
+    edges = sharding.edges([1] * 50_000, 4)
+    usual = sharding.cut(edges, per_shard=150, devices=8)
+
+    def sizes(per_last: int) -> list[int]:
+        cut = sharding.cut(edges, per_shard=150, devices=8, per_last=per_last)
+        return [(stop - start) // 4 for start, stop in cut]
+
+    assert (sizes(7)[0], min(sizes(7)[:-1])) == (150, 7)
+    assert min(sizes(0)) == 1
+    assert sharding.cut(edges, per_shard=150, devices=8, per_last=99) == usual
+
+
 def test_a_job_of_twenty_samples_is_cut_as_by_hand() -> None:
     shards = cut_samples(20, 1, 4, 1)
 
