@@ -23,8 +23,8 @@ from workers.devices import LocalDevice, usable
 #: Samples a second of a CPU slot before anything was measured.
 UNKNOWN_FPS = 10.0
 #: A device does about so many shards of a long job: what a shard costs beside its samples is spread over more of them,
-#: up to so many times the usual length.
-SHARDS_EACH, LONGEST = 6, 4.0
+#: as long as it is no more than so much of a lease, for what is lost with a device is a shard and the wait for that.
+SHARDS_EACH, LONGEST = 6, 1 / 6
 #: The last ones of a long job are no longer than so much of the usual length: its devices end as close together.
 LAST = 0.2
 
@@ -124,7 +124,7 @@ def plan(settings: Settings, database: Database, request: Request) -> Plan:
                 "recipe_digest": data.header.recipe_digest,
             },
         ),
-        shards=_shards(parts, request.bs, fps, len(names), settings.shard_s),
+        shards=_shards(parts, request.bs, fps, len(names), settings),
         device_names=names,
         device_fps=fps,
         bin_bytes=sum(parts) * artifact.input.nbytes // request.bs,
@@ -184,17 +184,17 @@ def submit_speed(database: Database, specs: Sequence[JobSpec]) -> list[Job]:
         return [jobs.create(conn, database, spec, [(0, 0)]) for spec in specs]
 
 
-def _shards(parts: Sequence[int], bs: int, fps: float, devices: int, shard_s: float) -> list[tuple[int, int]]:
-    """Of samples of so many parts each, of which a device does `fps`: shards of `shard_s`, longer ones of long jobs."""
+def _shards(parts: Sequence[int], bs: int, fps: float, devices: int, settings: Settings) -> list[tuple[int, int]]:
+    """Of samples of so many parts each, of which a device does `fps`: shards as usual, longer ones of long jobs."""
     edges = sharding.edges(parts, bs)
     a_step = sum(parts) / (len(edges) - 1)
     share_s = sum(parts) / fps / devices
-    seconds = max(shard_s, min(LONGEST * shard_s, share_s / SHARDS_EACH))
+    seconds = max(settings.shard_s, min(LONGEST * settings.lease_s, share_s / SHARDS_EACH))
     return sharding.cut(
         edges,
         per_shard=int(seconds * fps / a_step),
         devices=devices,
-        per_last=int(LAST * shard_s * fps / a_step),
+        per_last=int(LAST * settings.shard_s * fps / a_step),
     )
 
 

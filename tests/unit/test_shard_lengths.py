@@ -2,15 +2,16 @@
 
 import pytest
 
+from farm.settings import Settings
 from tasks.submission import LAST, LONGEST, SHARDS_EACH, _shards
 
-FPS, SHARD_S = 76.0, 2.0
+FPS, SHARD_S, LEASE_S = 76.0, 2.0, 30.0
 
 
-def seconds(share_s: float, devices: int) -> list[float]:
+def seconds(share_s: float, devices: int, lease_s: float = LEASE_S) -> list[float]:
     """How long the shards are of a job that gives each device so much work; the last may be short."""
     samples = int(share_s * FPS) * devices
-    cut = _shards([1] * samples, 4, FPS, devices, SHARD_S)
+    cut = _shards([1] * samples, 4, FPS, devices, Settings(shard_s=SHARD_S, lease_s=lease_s))
     assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
     assert cut[-1][1] == samples
     return [(stop - start) / FPS for start, stop in cut]
@@ -21,8 +22,12 @@ def test_shards_of_a_long_job_are_longer_up_to_a_limit(devices: int) -> None:
     found = [max(seconds(share_s, devices)) for share_s in (5, 12, 24, 48, 1000)]
 
     a_batch = 4 / FPS
-    wanted = [5 / 4, SHARD_S, 24 / SHARDS_EACH, LONGEST * SHARD_S, LONGEST * SHARD_S]
+    wanted = [5 / 4, SHARD_S, 24 / SHARDS_EACH, LONGEST * LEASE_S, LONGEST * LEASE_S]
     assert found == [pytest.approx(each, abs=a_batch) for each in wanted]
+
+
+def test_they_are_not_where_a_lease_is_short() -> None:
+    assert max(seconds(1000, 8, lease_s=6)) == pytest.approx(SHARD_S, abs=4 / FPS)
 
 
 @pytest.mark.parametrize("devices", [1, 8, 64])
