@@ -38,10 +38,14 @@ class Row(NamedTuple):
     reason: str
     device: str
 
-    @property
-    def answer(self) -> str | None:
-        """What the digest has of it: nothing, of a failed sample."""
-        return ",".join(map(str, self.classes)) if self.classes else self.sha256
+
+class Answer(NamedTuple):
+    """What the report needs of a result row, and no more: there may be a million."""
+
+    name: str
+    rank: int | None
+    reason: str | None  #: why it failed; None of a scored sample
+    answer: str | None  #: what the digest has of it: nothing, of a failed sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +131,22 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
         for name, state_, label, rank, reason, device, sha256, *best in some:
             classes, scores = (tuple(best[:_K]), tuple(best[_K:])) if rank is not None else ((), ())
             yield Row(name, _STATES[state_], label, rank, classes, scores, sha256, reason, device)
+
+
+def answers(conn: Connection, job_id: int) -> Iterator[Answer]:
+    """The rows that count, in name order."""
+    r, s = tables.result.c, tables.segments.c
+    query = (
+        select(r.name, r.rank, r.state, r.reason, s.sha256, *(r[column] for column in _CLASSES))
+        .outerjoin(tables.segments, (s.job_id == r.job_id) & (s.name == r.name) & (s.superseded == r.superseded))
+        .where(r.job_id == job_id, r.superseded == 0)
+        .order_by(r.name)
+    )
+    _take_time(conn)
+    for some in conn.execute(query).partitions(1000):
+        for name, rank, state, reason, sha256, *classes in some:
+            answer = sha256 if rank is None else ",".join(map(str, classes))
+            yield Answer(name, rank, reason if state == ResultState.FAILED.value else None, answer)
 
 
 def _take_time(conn: Connection) -> None:

@@ -16,7 +16,7 @@ from db.results import AttemptTimes
 from farm import zoo
 from farm.data.ade20k_classes import NAMES
 from farm.digest import answers_digest
-from farm.jobs import JobState, ResultState, Verdict
+from farm.jobs import JobState, Verdict
 from farm.metrics import miou, topk
 
 SCHEMA = 1
@@ -27,7 +27,7 @@ def build(database: Database, job_id: int) -> Report:
     """All of a job's figures. Percentages are of the scored samples; a failed one is never scored as wrong."""
     with database.read() as conn:
         job = jobs.get(conn, job_id)
-        rows = list(results.rows(conn, job_id))
+        rows = list(results.answers(conn, job_id))
         times = results.attempt_times(conn, job_id)
         spent = results.spent(conn, job_id)
         attempts = results.attempts_by_state(conn, job_id)
@@ -37,8 +37,8 @@ def build(database: Database, job_id: int) -> Report:
         canaries = overview.canaries(conn, job)
         areas = results.areas(conn, job_id) if job.spec.windows else None
     spec = job.spec
-    scored = [row for row in rows if row.state is ResultState.SCORED]
-    failed = [row for row in rows if row.state is ResultState.FAILED]
+    scored = [row for row in rows if row.reason is None]
+    failed = [row for row in rows if row.reason is not None]
     wall_s = _covered(spent)
     devices = _devices(times, spec.bs, wall_s, canaries)
     complete = job.state in (JobState.DONE, JobState.DONE_WITH_ERRORS)
