@@ -199,7 +199,7 @@ def test_of_several_graphs_one_is_chosen_by_head_and_input(store: Store) -> None
     uint8 = TensorInfo(name="input", dtype="uint8", shape=(1, 3, 512, 512))
     store.graph(1, model="swin", head="small", input=uint8, file="u.onnx")
 
-    assert "choose one with --artifact SHA or --head" in store.farm("compile", "swin", code=2)
+    assert "choose one with --artifact SHA or --input or --head" in store.farm("compile", "swin", code=2)
     store.farm("compile", "swin", "--head", "small", "--input", "float32")
 
     (artifact,) = store.compiled("swin")
