@@ -6,9 +6,9 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import ColumnElement, Connection, Select, func, select, text
 from sqlalchemy import insert as sql_insert
 
 from db import tables
@@ -112,18 +112,13 @@ def _in_words_of(paramstyle: str) -> str:
 
 def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, limit: int | None = None) -> Iterator[Row]:
     """The rows that count, in name order."""
-    r, s = tables.result.c, tables.segments.c
-    query = (
-        select(
-            *(r.name, r.state, r.label, r.rank, r.reason, tables.attempt.c.device, s.sha256),
-            *(r[column] for column in (*_CLASSES, *_SCORES)),
-        )
-        .join(tables.attempt, tables.attempt.c.id == r.attempt_id)
-        .outerjoin(tables.segments, (s.job_id == r.job_id) & (s.name == r.name) & (s.superseded == r.superseded))
-        .where(r.job_id == job_id, r.superseded == 0)
-        .order_by(r.name)
-        .limit(limit)
+    r = tables.result.c
+    query = _counting(
+        job_id,
+        *(r.name, r.state, r.label, r.rank, r.reason, tables.attempt.c.device, tables.segments.c.sha256),
+        *(r[column] for column in (*_CLASSES, *_SCORES)),
     )
+    query = query.join(tables.attempt, tables.attempt.c.id == r.attempt_id).limit(limit)
     if state is not None:
         query = query.where(r.state == state.value)
     _take_time(conn)
@@ -134,19 +129,26 @@ def rows(conn: Connection, job_id: int, *, state: ResultState | None = None, lim
 
 
 def answers(conn: Connection, job_id: int) -> Iterator[Answer]:
-    """The rows that count, in name order."""
+    """The same rows, as the report needs them."""
+    r = tables.result.c
+    columns = (r.name, r.rank, r.state, r.reason, tables.segments.c.sha256, *(r[column] for column in _CLASSES))
+    _take_time(conn)
+    for some in conn.execute(_counting(job_id, *columns)).partitions(1000):
+        for name, rank, state, reason, sha256, *classes in some:
+            answer = sha256 if rank is None else ",".join(map(str, classes))
+            yield Answer(name, rank, reason if state == ResultState.FAILED.value else None, answer)
+
+
+def _counting(job_id: int, *columns: ColumnElement[Any]) -> Select[Any]:
+    """Of a job's rows that count, and their segments if they have any, in name order."""
     r, s = tables.result.c, tables.segments.c
-    query = (
-        select(r.name, r.rank, r.state, r.reason, s.sha256, *(r[column] for column in _CLASSES))
+    return (
+        select(*columns)
+        .select_from(tables.result)
         .outerjoin(tables.segments, (s.job_id == r.job_id) & (s.name == r.name) & (s.superseded == r.superseded))
         .where(r.job_id == job_id, r.superseded == 0)
         .order_by(r.name)
     )
-    _take_time(conn)
-    for some in conn.execute(query).partitions(1000):
-        for name, rank, state, reason, sha256, *classes in some:
-            answer = sha256 if rank is None else ",".join(map(str, classes))
-            yield Answer(name, rank, reason if state == ResultState.FAILED.value else None, answer)
 
 
 def _take_time(conn: Connection) -> None:

@@ -35,7 +35,7 @@ def edges(parts: Sequence[int], bs: int) -> list[int]:
     return found
 
 
-def cut(edges: Sequence[int], *, per_shard: int, devices: int, per_last: int | None = None) -> list[tuple[int, int]]:
+def cut(edges: Sequence[int], *, per_shard: int, per_last: int, devices: int) -> list[tuple[int, int]]:
     """
     Half-open (start, stop) runs of samples that cover all from the first edge to the last, in order.
 
@@ -48,7 +48,7 @@ def cut(edges: Sequence[int], *, per_shard: int, devices: int, per_last: int | N
     steps = len(edges) - 1
     widest = max((stop - start for start, stop in pairwise(edges)), default=1)
     whole = max(1, min(per_shard, (edges[-1] - edges[0]) // (4 * devices * widest)))
-    least = max(1, min(int(LEAST * whole), whole if per_last is None else per_last))
+    least = max(1, min(int(LEAST * whole), per_last))
     tail = steps * TAIL
     shards = []
     step = 0

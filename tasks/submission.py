@@ -23,8 +23,8 @@ from workers.devices import LocalDevice, usable
 #: Samples a second of a CPU slot before anything was measured.
 UNKNOWN_FPS = 10.0
 #: A device does about so many shards of a long job: what a shard costs beside its samples is spread over more of them,
-#: as long as it is no more than so much of a lease, for what is lost with a device is a shard and the wait for that.
-SHARDS_EACH, LONGEST = 6, 1 / 6
+#: up to so many times the usual length and so much of a lease, for what is lost with a device is a shard and that wait.
+SHARDS_EACH, LONGEST, OF_A_LEASE = 6, 2.5, 1 / 6
 #: The last ones of a long job are no longer than so much of the usual length: its devices end as close together.
 LAST = 0.2
 
@@ -189,12 +189,13 @@ def _shards(parts: Sequence[int], bs: int, fps: float, devices: int, settings: S
     edges = sharding.edges(parts, bs)
     a_step = sum(parts) / (len(edges) - 1)
     share_s = sum(parts) / fps / devices
-    seconds = max(settings.shard_s, min(LONGEST * settings.lease_s, share_s / SHARDS_EACH))
+    longest = min(LONGEST * settings.shard_s, OF_A_LEASE * settings.lease_s)
+    seconds = max(settings.shard_s, min(longest, share_s / SHARDS_EACH))
     return sharding.cut(
         edges,
         per_shard=int(seconds * fps / a_step),
-        devices=devices,
         per_last=int(LAST * settings.shard_s * fps / a_step),
+        devices=devices,
     )
 
 

@@ -41,7 +41,7 @@ def read_bin(directory: Path, sample: Sample, out: Array, part: int = 0) -> None
             size = os.fstat(descriptor).st_size
             raise DataError(f"bin has {size} bytes, expected {out.nbytes}: {path}. Run farm prepare again.")
     except OSError as exc:
-        raise DataError(f"{exc.strerror}: {path}") from exc
+        raise DataError(f"{exc.strerror}: {path}. Run farm prepare again.") from exc
     finally:
         os.close(descriptor)
     found = xxhash.xxh3_64_hexdigest(target)

@@ -53,8 +53,13 @@ def bench(
     settings, sizes = load_settings(), batch_sizes(bs)
     check_backend(backend)
     check_input(input_dtype)
-    wanted: dict[str, Any] = {"devices": names(devices), "artifact": artifact, "backend": backend, "head": head}
-    wanted["dtype"] = input_dtype
+    wanted: dict[str, Any] = {
+        "devices": names(devices),
+        "artifact": artifact,
+        "backend": backend,
+        "head": head,
+        "dtype": input_dtype,
+    }
     console = Console(stderr=True)
     speeds: list[dict[str, Any]] = []
     with farm(settings, console) as (database, keep_farm):

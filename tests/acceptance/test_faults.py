@@ -92,13 +92,13 @@ def test_a_hang_that_outlasts_its_attempt_is_a_strike_all_the_same(faulty: Farm,
     """The other device has done the shard, and the job is over, when the deadline passes: the heartbeat has to tell."""
     once = tmp_path / "once"
     simulate(faulty, {"kind": "hang", "device": "localhost:1", "batch": 3, "once": str(once)})
-    faulty.env |= {"FARM_DEADLINE_S": "7", "FARM_HEARTBEAT_S": "0.3"}
+    faulty.env |= {"FARM_DEADLINE_S": "10", "FARM_HEARTBEAT_S": "0.3"}
     faulty.run("up")
     report = submit(faulty)
     strikes = "SELECT strikes FROM device WHERE name = 'localhost:1'"
     assert once.exists()
     assert (report["state"], faulty.sql(strikes)) == ("done", [(0,)])
-    wait_for(lambda: faulty.sql(strikes) == [(1,)], 20, "localhost:1 gets its strike")
+    wait_for(lambda: faulty.sql(strikes) == [(1,)], 25, "localhost:1 gets its strike")
     assert "attempt_hang" in faulty.run("events", str(report["job"])).stdout
     faulty.run("down")
 

@@ -63,6 +63,9 @@ def test_chips_take_pixels_where_they_are_asked_to(farm: Farm) -> None:
     assert report["digest"] != farm.submit("--bs", "8", model="conformer")["digest"]
     speed = json.loads(farm.run("bench", "conformer", "--bs", "8", "--input", "uint8", "--json").stdout)
     assert {line["artifact"] for line in speed} == {dry["artifact"]}
+    few = ("suite", "--models", "conformer", "--bs", "8", "--limit", "40", "--dry-run")
+    assert ", 0.02 GB, " in farm.run(*few).stdout
+    assert ", 0.01 GB, " in farm.run(*few, "--input", "uint8").stdout
 
 
 def test_what_works_on_a_classifier_loads_nothing_for_pictures_or_models(farm: Farm) -> None:

@@ -127,7 +127,11 @@ class Fleet:
         )
         with self.database.write() as conn:
             return jobs.create(
-                conn, self.database, spec, shards or cut(edges([1] * samples, bs), per_shard=1, devices=1), submission
+                conn,
+                self.database,
+                spec,
+                shards or cut(edges([1] * samples, bs), per_shard=1, per_last=1, devices=1),
+                submission,
             )
 
     def worker(

@@ -381,7 +381,7 @@ DAMAGES = [
     (lengthen, "has 193 bytes, expected 192"),
     (empty, "has 0 bytes, expected 192"),
     (remove, "No such file or directory"),
-    (become_a_directory, "Is a directory"),
+    (become_a_directory, "s5.bin. Run farm prepare again."),
 ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from farm.settings import Settings
-from tasks.submission import LAST, LONGEST, SHARDS_EACH, _shards
+from tasks.submission import LAST, LONGEST, OF_A_LEASE, SHARDS_EACH, _shards
 
 FPS, SHARD_S, LEASE_S = 76.0, 2.0, 30.0
 
@@ -22,12 +22,13 @@ def test_shards_of_a_long_job_are_longer_up_to_a_limit(devices: int) -> None:
     found = [max(seconds(share_s, devices)) for share_s in (5, 12, 24, 48, 1000)]
 
     a_batch = 4 / FPS
-    wanted = [5 / 4, SHARD_S, 24 / SHARDS_EACH, LONGEST * LEASE_S, LONGEST * LEASE_S]
+    wanted = [5 / 4, SHARD_S, 24 / SHARDS_EACH, LONGEST * SHARD_S, LONGEST * SHARD_S]
     assert found == [pytest.approx(each, abs=a_batch) for each in wanted]
 
 
-def test_they_are_not_where_a_lease_is_short() -> None:
-    assert max(seconds(1000, 8, lease_s=6)) == pytest.approx(SHARD_S, abs=4 / FPS)
+@pytest.mark.parametrize(("lease_s", "wanted"), [(6, SHARD_S), (24, OF_A_LEASE * 24), (600, LONGEST * SHARD_S)])
+def test_a_lease_bounds_them(lease_s: float, wanted: float) -> None:
+    assert max(seconds(1000, 8, lease_s)) == pytest.approx(wanted, abs=4 / FPS)
 
 
 @pytest.mark.parametrize("devices", [1, 8, 64])

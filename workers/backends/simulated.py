@@ -112,10 +112,11 @@ _remembered = lru_cache(maxsize=256)(_drawn)
 
 def _write_scores(xxh3: int, out: Array) -> None:
     """`scores`, without a copy of them all: a large output is made in a third of the time."""
-    if out.ndim == 1 and out.size <= SHORT:
-        out[:] = _remembered(xxh3, out.size)
+    flat = out.reshape(-1)
+    if out.size <= SHORT:
+        flat[:] = _remembered(xxh3, out.size)
         return
-    drawn, flat = _drawn(xxh3, out.size), out.reshape(-1)
+    drawn = _drawn(xxh3, out.size)
     whole = out.size // len(drawn) * len(drawn)
     flat[:whole].reshape(-1, len(drawn))[:] = drawn
     flat[whole:] = drawn[: out.size - whole]
